@@ -1,0 +1,51 @@
+"""The chunked loss against torch's own cross entropy."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vlm.loss import cross_entropy_sum
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, 100])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_value_and_gradients(chunk_rows, weighted):
+    hidden = torch.randn(11, 8, requires_grad=True)
+    head = torch.randn(23, 8, requires_grad=True)
+    targets = torch.randint(0, 23, (11,))
+    weights = torch.rand(11) if weighted else None
+    actual = cross_entropy_sum(hidden, head, targets, weights, chunk_rows)
+    losses = F.cross_entropy(F.linear(hidden, head), targets, reduction="none")
+    expected = (losses * weights).sum() if weighted else losses.sum()
+    torch.testing.assert_close(actual, expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(3 * actual, (hidden, head)),
+        torch.autograd.grad(3 * expected, (hidden, head)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_frozen_head_gets_no_gradient_and_no_buffer():
+    hidden = torch.randn(5, 8, requires_grad=True)
+    head = torch.randn(23, 8)
+    cross_entropy_sum(hidden, head, torch.randint(0, 23, (5,))).backward()
+    assert hidden.grad is not None and head.grad is None
+
+
+def test_no_targets_is_a_zero_with_a_graph():
+    hidden = torch.zeros(0, 8, requires_grad=True)
+    head = torch.randn(23, 8, requires_grad=True)
+    loss = cross_entropy_sum(hidden, head, torch.zeros(0, dtype=torch.int64))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert hidden.grad.shape == (0, 8) and torch.equal(head.grad, torch.zeros_like(head))
+
+
+def test_bfloat16_takes_logits_to_float32():
+    hidden, head = torch.randn(6, 16).bfloat16(), torch.randn(50, 16).bfloat16()
+    targets = torch.randint(0, 50, (6,))
+    expected = F.cross_entropy(F.linear(hidden, head).float(), targets, reduction="sum")
+    actual = cross_entropy_sum(hidden, head, targets)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected)

@@ -1,0 +1,116 @@
+"""What the model eats: one packed micro-batch, no padding and no batch axis.
+
+Everything here is computed by the data worker (`vlm/data/collate.py`), so that the model
+never has to read a tensor's value on the host: boundaries of every packed sequence are
+carried both as a tensor and as Python integers.
+
+Legend: T tokens, S samples, N target tokens, P patches, V visual tokens (P / 4).
+"""
+
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Boundaries of the segments of a packed sequence."""
+
+    cu_seqlens: Tensor
+    """(S + 1,) int32: 0, then the running sum of the lengths."""
+    lengths: tuple[int, ...]
+    """The same as Python integers."""
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...] | list[int]) -> "Segments":
+        return cls(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), tuple(lengths))
+
+    @property
+    def max_length(self) -> int:
+        return max(self.lengths)
+
+    @cached_property
+    def by_length(self) -> tuple[list[tuple[int, Tensor | None]], Tensor | None]:
+        """Segments of equal length together, for one batched call per length.
+
+        Returns:
+            `[(length, rows)]`, rows (n * length,) int64 or None for "all, in order", and the
+            permutation that puts the concatenated groups back (None where it is the identity).
+        """
+        starts: dict[int, list[int]] = {}
+        for start, length in zip(accumulate((0, *self.lengths[:-1])), self.lengths, strict=True):
+            starts.setdefault(length, []).append(start)
+        if len(starts) == 1:
+            return [(self.lengths[0], None)], None
+        device = self.cu_seqlens.device
+        groups = [
+            (length, (torch.tensor(first)[:, None] + torch.arange(length)).flatten().to(device))
+            for length, first in starts.items()
+        ]
+        order = torch.cat([rows for _, rows in groups])
+        in_place = bool((order.cpu() == torch.arange(len(order))).all())
+        return groups, None if in_place else torch.argsort(order)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Segments":
+        return replace(self, cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking))
+
+
+@dataclass(frozen=True)
+class VisionPlan:
+    """How the tower walks through its patches (`vlm.vision.plan_vision`)."""
+
+    window_index: Tensor
+    """(V,) int64: visual tokens in the order of their windows."""
+    reverse_index: Tensor
+    """(V,) int64: the inverse permutation."""
+    positions: Tensor
+    """(P, 2) int64: row and column of each patch, in window order."""
+    windows: Segments
+    """Attention windows, over patches in window order."""
+    frames: Segments
+    """Temporal frames, over the same patches (a window never leaves its frame)."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "VisionPlan":
+        return _move(self, device, non_blocking)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of S samples."""
+
+    input_ids: Tensor
+    """(T,) int64."""
+    position_ids: Tensor
+    """(3, T) int64: M-RoPE positions (time, height, width)."""
+    segments: Segments
+    """The samples."""
+    target_rows: Tensor
+    """(N,) int64: rows whose next token is learnt."""
+    targets: Tensor
+    """(N,) int64: that next token."""
+    weights: Tensor | None
+    """(N,) float32: weight of each target; None where all are 1."""
+    visual_rows: Tensor
+    """(V,) int64: rows that the vision features replace; empty for text alone."""
+    patches: Tensor
+    """(P, patch_dim) uint8 RGB levels. Text alone carries a blank dummy image, because
+    every rank must run the vision tower in every micro-batch."""
+    vision: VisionPlan
+    ids: tuple[str, ...]
+    """Where each sample comes from, for messages."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        return _move(self, device, non_blocking)
+
+
+def _move(record, device, non_blocking):
+    """A copy of a dataclass with its tensors (and nested records) on `device`."""
+    moved = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, Tensor | Segments | VisionPlan):
+            moved[field.name] = value.to(device, non_blocking=non_blocking)
+    return replace(record, **moved)
