@@ -115,10 +115,9 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         weight = self.proj.weight
-        levels = patches.unflatten(1, (weight.shape[1], -1)).float() / 255  # (P, channels, ...)
-        mean = torch.tensor(IMAGE_MEAN, device=patches.device)[:, None]
-        std = torch.tensor(IMAGE_STD, device=patches.device)[:, None]
-        pixels = ((levels - mean) / std).flatten(1)
+        levels = patches.unflatten(1, (weight.shape[1], -1)).float() / 255  # (P, channels, rest)
+        channels = zip(levels.unbind(1), IMAGE_MEAN, IMAGE_STD, strict=True)
+        pixels = torch.cat([(level - mean) / std for level, mean, std in channels], dim=1)
         return F.linear(pixels.to(weight.dtype), weight.flatten(1))
 
 

@@ -33,6 +33,13 @@ def test_right_graft_is_proved(grafted, tmp_path):
     assert proof["top1_agreement"] == 1.0
 
 
+@pytest.mark.parametrize(("nested", "new_keys"), [(False, True), (True, False), (True, True)])
+def test_donor_layouts_are_all_proved(tmp_path, nested, new_keys):
+    llm = write_llm_donor(tmp_path / "llm", nested, new_keys)
+    build(write_vision_donor(tmp_path / "vl"), llm, tmp_path / "hybrid")
+    assert verify(tmp_path / "hybrid", llm).holds
+
+
 def edit(folder, change):
     tensors = load_file(folder / "model.safetensors")
     change(tensors)

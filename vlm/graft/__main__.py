@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from vlm.checkpoint import CheckpointError, write_json
+from vlm.graft.report import print_account
 from vlm.graft.stream import build
 from vlm.graft.verify import WITNESS_TOLERANCE, Proof, verify
 from vlm.hf_config import ConfigError
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         if options.command == "build":
-            build(options.vision, options.llm, options.out, options.seed)
+            print_account(build(options.vision, options.llm, options.out, options.seed))
             print(f"wrote {options.out}")
             return 0
         proof = verify(options.model, options.llm)

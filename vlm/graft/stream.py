@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlm.checkpoint import TensorReader, save_model, write_json
 from vlm.graft.plan import EMBEDDING, MERGER, Step, derive_config, plan_tensors
-from vlm.graft.report import REPORT, describe, print_account
+from vlm.graft.report import REPORT, describe
 from vlm.graft.tokenizer import choose_tokenizer, write_companions
 from vlm.hf_config import ConfigError, parse_config, parse_text_config, read_json
 from vlm.model import initialise
@@ -44,7 +44,6 @@ def build(vision_dir: Path, llm_dir: Path, out_dir: Path, seed: int = 0) -> dict
         write_companions(companions, choice, Path(vision_dir))
         write_json(companions / REPORT, report)
         save_model(out_dir, carry_out(steps, fresh, vision, llm), companions, config)
-    print_account(report)
     return report
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm.batch import Batch, Segments
-from vlm.checkpoint import TensorReader, load_language_model, load_model
+from vlm.checkpoint import CheckpointError, TensorReader, load_language_model, load_model
 from vlm.config import VLMConfig
 from vlm.graft.tokenizer import load_tokenizer
 from vlm.hf_config import read_text_config
@@ -130,7 +130,15 @@ def witness_logits(llm_dir: Path, texts: list[Tensor]) -> Tensor:
     """(T, vocab) float32: transformers' own Qwen3 on each text by itself."""
     from transformers import Qwen3ForCausalLM
 
-    model = Qwen3ForCausalLM.from_pretrained(llm_dir, dtype=torch.float32).eval()
+    model, loading = Qwen3ForCausalLM.from_pretrained(
+        llm_dir,
+        dtype=torch.float32,
+        key_mapping={r"^model\.language_model\.": "model."},
+        output_loading_info=True,
+    )
+    if loading["missing_keys"]:  # transformers would go on with random weights
+        raise CheckpointError(f"transformers found no {min(loading['missing_keys'])} in {llm_dir}")
+    model.eval()
     return torch.cat([model(input_ids=text[None]).logits[0] for text in texts])
 
 
