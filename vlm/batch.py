@@ -55,7 +55,10 @@ class Segments:
         return groups, None if in_place else torch.argsort(order)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Segments":
-        return replace(self, cu_seqlens=self.cu_seqlens.to(device, non_blocking=non_blocking))
+        return _each(self, lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Segments":
+        return _each(self, lambda x: x.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,10 @@ class VisionPlan:
     """Temporal frames, over the same patches (a window never leaves its frame)."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "VisionPlan":
-        return _move(self, device, non_blocking)
+        return _each(self, lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "VisionPlan":
+        return _each(self, lambda x: x.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -103,14 +109,17 @@ class Batch:
     """Where each sample comes from, for messages."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        return _move(self, device, non_blocking)
+        return _each(self, lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        return _each(self, lambda x: x.pin_memory())
 
 
-def _move(record, device, non_blocking):
-    """A copy of a dataclass with its tensors (and nested records) on `device`."""
-    moved = {}
+def _each(record, change):
+    """A copy of a dataclass with `change` done to its tensors and nested records."""
+    changed = {}
     for field in fields(record):
         value = getattr(record, field.name)
         if isinstance(value, Tensor | Segments | VisionPlan):
-            moved[field.name] = value.to(device, non_blocking=non_blocking)
-    return replace(record, **moved)
+            changed[field.name] = change(value)
+    return replace(record, **changed)

@@ -1,0 +1,59 @@
+"""Examples -> Batch: everything the model needs, computed in the worker."""
+
+from collections.abc import Sequence
+
+import torch
+
+from vlm.batch import Batch, Segments
+from vlm.config import VLMConfig
+from vlm.data.processor import IGNORED, Example
+from vlm.vision import plan_vision
+
+
+def collate(examples: Sequence[Example], config: VLMConfig) -> Batch:
+    """Pack examples one after the other: no padding, no batch axis.
+
+    A micro-batch without an image gets a blank dummy, and one without any sample a single
+    token and no target: every rank must run both towers in every micro-batch.
+    """
+    if not examples:
+        examples = [_blank(config)]
+    ids = torch.cat([example.input_ids for example in examples])
+    targets = torch.cat([example.targets for example in examples])
+    rows = (targets != IGNORED).nonzero().flatten()
+    weights = None
+    if any(example.weights is not None for example in examples):
+        ones = [torch.ones(example.length) for example in examples]
+        pairs = zip(examples, ones, strict=True)
+        weights = torch.cat([one if e.weights is None else e.weights for e, one in pairs])[rows]
+    grids = [grid for example in examples for grid in example.grid_thw]
+    patches = torch.cat([example.patches for example in examples])
+    if not grids:
+        side = config.vision.spatial_merge_size
+        grids = [(1, side, side)]
+        patches = torch.zeros(side**2, config.vision.patch_dim, dtype=torch.uint8)
+    visual = (ids == config.image_token_id) | (ids == config.video_token_id)
+    return Batch(
+        input_ids=ids,
+        position_ids=torch.cat([example.position_ids for example in examples], dim=1),
+        segments=Segments.of([example.length for example in examples]),
+        target_rows=rows,
+        targets=targets[rows],
+        weights=weights,
+        visual_rows=visual.nonzero().flatten(),
+        patches=patches,
+        vision=plan_vision(grids, config.vision),
+        ids=tuple(example.id for example in examples),
+    )
+
+
+def _blank(config: VLMConfig) -> Example:
+    return Example(
+        id="(no sample)",
+        input_ids=torch.zeros(1, dtype=torch.int64),
+        targets=torch.tensor([IGNORED]),
+        weights=None,
+        position_ids=torch.zeros(3, 1, dtype=torch.int64),
+        patches=torch.zeros(0, config.vision.patch_dim, dtype=torch.uint8),
+        grid_thw=(),
+    )

@@ -1,0 +1,108 @@
+"""ms-swift's format: one JSON object a line, `messages` with `<image>` tags, and `images`.
+
+    {"messages": [{"role": "user", "content": "<image>What is this?"},
+                  {"role": "assistant", "content": "A cat.", "loss": true}],
+     "images": ["cat.jpg"]}
+
+`content` may also be a list of OpenAI-style parts (`text`, `image_url`, `image`). Images are
+paths relative to the data file, `file://` URLs, data URIs, or objects with `path` or `bytes`.
+"""
+
+import base64
+import binascii
+import json
+import math
+from pathlib import Path
+
+from vlm.data.schema import IMAGE_TAG, BadSample, Media, Message, Sample, check_sample
+
+UNSUPPORTED = ("videos", "audios", "objects", "tools")
+
+
+def parse_line(line: str | bytes, sample_id: str, folder: Path) -> Sample:
+    """A Sample from one line of JSON; BadSample says what is wrong with it.
+
+    Args:
+        folder: what relative image paths are relative to.
+    """
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BadSample(sample_id, f"not a line of JSON ({error})") from None
+    return parse_row(row, sample_id, folder)
+
+
+def parse_row(row: object, sample_id: str, folder: Path) -> Sample:
+    """A Sample from one decoded JSON object."""
+    if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
+        raise BadSample(sample_id, "no list of messages")
+    for key in UNSUPPORTED:
+        if row.get(key):
+            raise BadSample(sample_id, f"{key} are not supported yet")
+    listed = row.get("images") or []
+    if not isinstance(listed, list):
+        raise BadSample(sample_id, "images is not a list")
+    images = [_media(item, sample_id, folder) for item in listed]
+    messages = []
+    for number, raw in enumerate(row["messages"]):
+        content, inline = _content(raw, number, sample_id, folder)
+        if inline and listed:
+            raise BadSample(sample_id, "images both in content parts and in the images list")
+        images += inline
+        messages.append(Message(raw["role"], content, _weight(raw, number, sample_id)))
+    return check_sample(Sample(sample_id, tuple(messages), tuple(images)))
+
+
+def _content(raw: object, number: int, sample_id: str, folder: Path) -> tuple[str, list[Media]]:
+    """Text with tags, and the images of content parts."""
+    if not isinstance(raw, dict) or not isinstance(raw.get("role"), str):
+        raise BadSample(sample_id, f"message {number} has no role")
+    content = raw.get("content")
+    if isinstance(content, str):
+        return content, []
+    if not isinstance(content, list):
+        raise BadSample(sample_id, f"message {number} has content {content!r}, not text")
+    text, images = "", []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            text += part["text"]
+        elif kind in ("image", "image_url") and part.get(kind) is not None:
+            source = part[kind]
+            if isinstance(source, dict) and "url" in source:
+                source = source["url"]
+            images.append(_media(source, sample_id, folder))
+            text += IMAGE_TAG
+        else:
+            raise BadSample(sample_id, f"message {number} has a part of type {kind!r}")
+    return text, images
+
+
+def _weight(raw: dict, number: int, sample_id: str) -> float | None:
+    """`loss` (true or false) and `loss_scale` (a number) of a message, as one weight."""
+    loss, scale = raw.get("loss"), raw.get("loss_scale")
+    if loss is not None and not isinstance(loss, bool):
+        raise BadSample(sample_id, f"message {number} has loss {loss!r}; use true or false")
+    if scale is None:
+        return None if loss is None else float(loss)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise BadSample(sample_id, f"message {number} has loss_scale {scale!r}; use a number")
+    return 0.0 if loss is False else float(scale)
+
+
+def _media(source: object, sample_id: str, folder: Path) -> Media:
+    if isinstance(source, dict):
+        if source.get("bytes") is not None:
+            source = f"data:;base64,{source['bytes']}"
+        else:
+            source = source.get("path")
+    if not isinstance(source, str) or not source:
+        raise BadSample(sample_id, f"an image is given as {source!r}; use a path or a data URI")
+    if source.startswith("data:"):
+        try:
+            return base64.b64decode(source.partition(",")[2], validate=True)
+        except binascii.Error as error:
+            raise BadSample(sample_id, f"an image's base64 is damaged ({error})") from None
+    if source.startswith(("http://", "https://")):
+        raise BadSample(sample_id, f"{source}: images are not fetched; save them beside the data")
+    return folder / source.removeprefix("file://")

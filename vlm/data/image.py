@@ -1,0 +1,130 @@
+"""Pixels: one definition, at training, in chat and behind a server.
+
+uint8 RGB, EXIF orientation applied, transparency on white, resized by `smart_resize` with
+torch's uint8 bicubic antialiased kernel. That is level for level what transformers' default
+processor and vLLM make of the same image (Pillow's own bicubic differs by up to two levels),
+without torchvision.
+"""
+
+import io
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from vlm.config import VisionConfig
+from vlm.data.schema import Media
+
+MAX_RATIO = 200
+MAX_SOURCE_PIXELS = 200_000_000
+"""More than a decoder should be trusted with (a decompression bomb)."""
+ORIENTATION = 0x0112
+SIDEWAYS = (5, 6, 7, 8)
+"""EXIF orientations that swap width and height."""
+
+
+class BadImage(ValueError):
+    """An image that cannot be used, and why."""
+
+
+def open_image(source: Media) -> Image.Image:
+    """The image's header; pixels are not decoded. BadImage names the file and the reason."""
+    name = describe(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's own bomb warning; the bound is below
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except FileNotFoundError:
+        raise BadImage(f"{name} does not exist") from None
+    except IsADirectoryError:
+        raise BadImage(f"{name} is a directory") from None
+    except Exception as error:  # noqa: BLE001 - decoders raise all kinds on damaged files
+        raise BadImage(f"{name} is not an image that can be read ({error})") from None
+    if image.width * image.height > MAX_SOURCE_PIXELS:
+        raise BadImage(f"{name} has {image.width} x {image.height} pixels, too many to decode")
+    return image
+
+
+def header_size(source: Media) -> tuple[int, int]:
+    """(height, width) as it will be seen, from the header alone."""
+    with open_image(source) as image:
+        try:
+            sideways = image.getexif().get(ORIENTATION) in SIDEWAYS
+        except Exception:  # noqa: BLE001 - damaged EXIF: no orientation
+            sideways = False
+        return (image.width, image.height) if sideways else (image.height, image.width)
+
+
+def load_image(source: Media) -> Tensor:
+    """(height, width, 3) uint8: the first frame, upright, on white."""
+    with open_image(source) as image:
+        try:
+            image.seek(0)
+            image = flatten(ImageOps.exif_transpose(image))
+        except Exception as error:  # noqa: BLE001 - decoders raise all kinds on damaged files
+            raise BadImage(f"{describe(source)} is damaged ({error})") from None
+    return torch.from_numpy(np.array(image))
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """RGB, with transparency composited on white."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, (255, 255, 255))
+        canvas.paste(image, mask=image.getchannel("A"))
+        return canvas
+    return image.convert("RGB")
+
+
+def smart_resize(
+    height: int, width: int, min_pixels: int, max_pixels: int, factor: int
+) -> tuple[int, int]:
+    """Sides that are multiples of `factor`, near the ratio, with an area inside the bounds.
+
+    Qwen2-VL's rule (transformers, `image_processing_qwen2_vl.smart_resize`).
+    """
+    if max(height, width) / min(height, width) > MAX_RATIO:
+        raise BadImage(f"{width} x {height} is more than {MAX_RATIO} times as long as wide")
+    new_height = round(height / factor) * factor
+    new_width = round(width / factor) * factor
+    if new_height * new_width > max_pixels:
+        scale = math.sqrt(height * width / max_pixels)
+        new_height = max(factor, math.floor(height / scale / factor) * factor)
+        new_width = max(factor, math.floor(width / scale / factor) * factor)
+    elif new_height * new_width < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * scale / factor) * factor
+        new_width = math.ceil(width * scale / factor) * factor
+    return new_height, new_width
+
+
+def resize(pixels: Tensor, height: int, width: int) -> Tensor:
+    """(h, w, 3) uint8 -> (height, width, 3) uint8."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    channels_last = pixels.permute(2, 0, 1)[None]
+    out = F.interpolate(channels_last, size=(height, width), mode="bicubic", antialias=True)
+    return out[0].permute(1, 2, 0)
+
+
+def patchify(pixels: Tensor, config: VisionConfig) -> Tensor:
+    """(height, width, 3) uint8 -> (P, patch_dim) uint8, in transformers' order.
+
+    Patches of one visual token are neighbours; inside a patch: channel, time, row, column. An
+    image is its own second temporal frame.
+    """
+    height, width, channels = pixels.shape
+    side, merge = config.patch_size, config.spatial_merge_size
+    grid = (height // side // merge, merge, side, width // side // merge, merge, side, channels)
+    patches = pixels.reshape(grid).permute(0, 3, 1, 4, 6, 2, 5)  # rows, columns, m, m, c, y, x
+    patches = patches.reshape(-1, channels, 1, side, side)
+    return patches.expand(-1, -1, config.temporal_patch_size, -1, -1).flatten(1)
+
+
+def describe(source: Media) -> str:
+    return str(source) if isinstance(source, Path) else f"an image of {len(source)} bytes"

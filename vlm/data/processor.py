@@ -1,0 +1,232 @@
+"""Sample -> Example: tokens, targets, positions and pixels; the same in training and in chat."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from vlm.checkpoint import CheckpointError
+from vlm.config import VLMConfig
+from vlm.data.chat import DEFAULT_SYSTEM, Span, render, render_prompt
+from vlm.data.image import (
+    BadImage,
+    describe,
+    header_size,
+    load_image,
+    patchify,
+    resize,
+    smart_resize,
+)
+from vlm.data.schema import IMAGE_TAG, BadSample, Sample
+from vlm.hf_config import read_config, read_json
+from vlm.rope import mrope_positions
+from vlm.vision import IMAGE_MEAN, IMAGE_STD
+
+MIN_PIXELS, MAX_PIXELS = 3136, 1003520
+IGNORED = -100
+Grid = tuple[int, int, int]
+Truncation = Literal["delete", "left", "right"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample as the model sees it. Legend: t tokens, P patches, i images."""
+
+    id: str
+    input_ids: Tensor
+    """(t,) int64."""
+    targets: Tensor
+    """(t,) int64: the next token where it is learnt, else -100."""
+    weights: Tensor | None
+    """(t,) float32: weight of each target; None where all are 1."""
+    position_ids: Tensor
+    """(3, t) int64."""
+    patches: Tensor
+    """(P, patch_dim) uint8."""
+    grid_thw: tuple[Grid, ...]
+    """(time, height, width) in patches of each image."""
+
+    @property
+    def length(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a sample will take, without decoding a pixel."""
+
+    length: int
+    targets: int
+    grid_thw: tuple[Grid, ...]
+
+
+class Processor:
+    """Turns samples into examples by a model's own tokenizer and settings."""
+
+    def __init__(
+        self,
+        config: VLMConfig,
+        tokenizer: Tokenizer,
+        stop_ids: tuple[int, ...],
+        *,
+        min_pixels: int = MIN_PIXELS,
+        max_pixels: int = MAX_PIXELS,
+        max_length: int | None = None,
+        truncation: Truncation = "delete",
+        default_system: str = DEFAULT_SYSTEM,
+    ) -> None:
+        self.config, self.tokenizer, self.stop_ids = config, tokenizer, stop_ids
+        self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        self.max_length, self.truncation = max_length, truncation
+        self.default_system = default_system
+        ids = (config.vision_start_token_id, config.vision_end_token_id)
+        ids += (config.image_token_id, config.video_token_id)
+        self._media_ids = frozenset(ids)
+        self._media_tokens = [tokenizer.id_to_token(index) for index in ids]
+
+    @classmethod
+    def from_pretrained(cls, model_dir: Path | str, **options) -> "Processor":
+        """The processor of a checkpoint directory; options as in the constructor.
+
+        Raises:
+            ConfigError, CheckpointError: files that are missing or do not fit.
+        """
+        folder = Path(model_dir)
+        path = folder / "tokenizer.json"
+        if not path.exists():
+            raise CheckpointError(f"{path} does not exist; the model needs its tokenizer")
+        settings = folder / "preprocessor_config.json"
+        if settings.exists():
+            _check_normalisation(read_json(settings), settings)
+        tokenizer = Tokenizer.from_file(str(path))
+        return cls(read_config(folder), tokenizer, _stop_ids(folder, tokenizer), **options)
+
+    def encode(self, sample: Sample) -> Example:
+        """A training example; BadSample where nothing can be learnt from it."""
+        example = self._example(sample, render(sample, self.default_system))
+        if not (example.targets != IGNORED).any():
+            raise BadSample(sample.id, "has nothing to learn")
+        return example
+
+    def prompt(self, sample: Sample) -> Example:
+        """The conversation up to the assistant's next words; nothing is learnt."""
+        return self._example(sample, render_prompt(sample, self.default_system))
+
+    def measure(self, sample: Sample) -> Sizes:
+        """Sizes of `encode(sample)` from the images' headers; raises as it does."""
+        grids = self._grids(sample)
+        ids, targets, _ = self._tokens(sample, render(sample, self.default_system), grids)
+        count = sum(target != IGNORED for target in targets)
+        if not count:
+            raise BadSample(sample.id, "has nothing to learn")
+        return Sizes(len(ids), count, grids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def _example(self, sample: Sample, spans: list[Span]) -> Example:
+        grids = self._grids(sample)
+        ids, targets, weights = self._tokens(sample, spans, grids)
+        input_ids = torch.tensor(ids)
+        uneven = any(w != 1.0 for w, target in zip(weights, targets, strict=True) if target >= 0)
+        return Example(
+            id=sample.id,
+            input_ids=input_ids,
+            targets=torch.tensor(targets),
+            weights=torch.tensor(weights) if uneven else None,
+            position_ids=mrope_positions(input_ids, grids, self.config),
+            patches=self._patches(sample, grids),
+            grid_thw=grids,
+        )
+
+    def _grids(self, sample: Sample) -> tuple[Grid, ...]:
+        side = self.config.vision.patch_size
+        grids = []
+        for image in sample.images:
+            try:
+                height, width = header_size(image)
+                height, width = self._target_size(height, width)
+            except BadImage as error:
+                raise BadSample(sample.id, str(error)) from None
+            grids.append((1, height // side, width // side))
+        return tuple(grids)
+
+    def _target_size(self, height: int, width: int) -> tuple[int, int]:
+        factor = self.config.vision.patch_size * self.config.vision.spatial_merge_size
+        return smart_resize(height, width, self.min_pixels, self.max_pixels, factor)
+
+    def _patches(self, sample: Sample, grids: tuple[Grid, ...]) -> Tensor:
+        vision = self.config.vision
+        patches = [torch.zeros(0, vision.patch_dim, dtype=torch.uint8)]
+        for image, (_, rows, columns) in zip(sample.images, grids, strict=True):
+            try:
+                pixels = load_image(image)
+            except BadImage as error:
+                raise BadSample(sample.id, str(error)) from None
+            size = (rows * vision.patch_size, columns * vision.patch_size)
+            if self._target_size(*pixels.shape[:2]) != size:
+                raise BadSample(sample.id, f"{describe(image)} has a header that lies of its size")
+            patches.append(patchify(resize(pixels, *size), vision))
+        return torch.cat(patches)
+
+    def _tokens(
+        self, sample: Sample, spans: list[Span], grids: tuple[Grid, ...]
+    ) -> tuple[list[int], list[int], list[float]]:
+        """Ids, shifted targets and their weights, truncated."""
+        start, end = self.config.vision_start_token_id, self.config.vision_end_token_id
+        ids, weights = [], []
+        images = iter(grids)
+        for span in spans:
+            for number, text in enumerate(span.text.split(IMAGE_TAG)):
+                if number:
+                    t, h, w = next(images)
+                    count = t * h * w // self.config.vision.merge_unit
+                    block = [start, *[self.config.image_token_id] * count, end]
+                    ids += block
+                    weights += [0.0] * len(block)
+                for token in self._media_tokens:
+                    if token in text:
+                        raise BadSample(sample.id, f"has {token} in its text; use {IMAGE_TAG}")
+                pieces = self.tokenizer.encode(text, add_special_tokens=False).ids
+                ids += pieces
+                weights += [span.weight] * len(pieces)
+        ids, weights = self._truncate(sample, ids, weights)
+        learnt = zip(ids[1:], weights[1:], strict=True)
+        targets = [index if weight else IGNORED for index, weight in learnt]
+        return ids, [*targets, IGNORED], [*weights[1:], 0.0]
+
+    def _truncate(
+        self, sample: Sample, ids: list[int], weights: list[float]
+    ) -> tuple[list[int], list[float]]:
+        """At most `max_length` tokens: text alone is cut, never an image."""
+        excess = len(ids) - (self.max_length or len(ids))
+        if excess <= 0:
+            return ids, weights
+        limit = f"has {len(ids)} tokens, more than max_length {self.max_length}"
+        if self.truncation == "delete":
+            raise BadSample(sample.id, limit)
+        text = [row for row, index in enumerate(ids) if index not in self._media_ids]
+        if len(text) < excess:
+            raise BadSample(sample.id, f"{limit}, even without its text")
+        cut = set(text[:excess] if self.truncation == "left" else text[len(text) - excess :])
+        kept = [row for row in range(len(ids)) if row not in cut]
+        return [ids[row] for row in kept], [weights[row] for row in kept]
+
+
+def _stop_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The generation config's end tokens; the end of a turn where there is none."""
+    path = folder / "generation_config.json"
+    ends = read_json(path).get("eos_token_id") if path.exists() else None
+    if ends is None:
+        ends = tokenizer.token_to_id("<|im_end|>")
+    return tuple(ends) if isinstance(ends, list) else (ends,)
+
+
+def _check_normalisation(settings: dict, path: Path) -> None:
+    for key, expected in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
+        if key in settings and tuple(settings[key]) != expected:
+            raise CheckpointError(f"{path}: {key} is {settings[key]}, the tower's is {expected}")
