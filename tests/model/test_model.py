@@ -56,7 +56,10 @@ def test_one_sample_does_not_leak_into_the_others(samples):
     changed[2] = (ids.where(ids > 4000, (ids + 1) % 4000), 255 - patches, grids)
     after = model(pack(changed, model.config, IMAGE))
     lengths = [len(ids) - 1 for ids, _, _ in samples]
-    moved = [not torch.equal(a, b) for a, b in zip(before.split(lengths), after.split(lengths))]
+    moved = [
+        not torch.equal(a, b)
+        for a, b in zip(before.split(lengths), after.split(lengths), strict=True)
+    ]
     assert moved == [False, False, True, False, False]
 
 

@@ -16,6 +16,7 @@ def collate(examples: Sequence[Example], config: VLMConfig) -> Batch:
     A micro-batch without an image gets a blank dummy, and one without any sample a single
     token and no target: every rank must run both towers in every micro-batch.
     """
+    names = tuple(example.id for example in examples)
     if not examples:
         examples = [_blank(config)]
     ids = torch.cat([example.input_ids for example in examples])
@@ -43,13 +44,13 @@ def collate(examples: Sequence[Example], config: VLMConfig) -> Batch:
         visual_rows=visual.nonzero().flatten(),
         patches=patches,
         vision=plan_vision(grids, config.vision),
-        ids=tuple(example.id for example in examples),
+        ids=names,
     )
 
 
 def _blank(config: VLMConfig) -> Example:
     return Example(
-        id="(no sample)",
+        id="",
         input_ids=torch.zeros(1, dtype=torch.int64),
         targets=torch.tensor([IGNORED]),
         weights=None,

@@ -7,6 +7,7 @@ and image headers show them, and are left out.
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
@@ -48,6 +49,11 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.length)
+
+    def fingerprint(self) -> str:
+        """Changes when a sample is added, removed, moved or measured otherwise."""
+        columns = (self.file, self.offset, self.length, self.targets, self.patches)
+        return sha256(b"".join(column.tobytes() for column in columns)).hexdigest()[:16]
 
     def sample(self, number: int) -> Sample:
         """Read one sample; BadSample where the file has changed for the worse."""

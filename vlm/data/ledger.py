@@ -23,8 +23,9 @@ class Entry:
 class Ledger:
     """`ledger.jsonl` of a run. Reading it back makes a restarted run skip the same samples."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        """`writes` is False on all ranks but one; every rank records the same entries."""
+        self.path, self.writes = path, writes
         self.entries: dict[str, Entry] = {}
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -35,7 +36,7 @@ class Ledger:
         """Append the entries that are new."""
         new = {entry.id: entry for entry in entries if entry.id not in self.entries}
         self.entries |= new
-        if new:
+        if new and self.writes:
             with self.path.open("a", encoding="utf-8") as file:
                 for entry in new.values():
                     file.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")

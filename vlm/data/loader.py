@@ -8,7 +8,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vlm.batch import Batch
-from vlm.config import VLMConfig
 from vlm.data.collate import collate
 from vlm.data.index import Index
 from vlm.data.ledger import Entry
@@ -25,6 +24,21 @@ class Step:
     micro_batches: list[Batch]
     bad: list[Entry]
     """Samples found bad at decoding, which the micro-batches lack."""
+    flops: float
+    """Useful FLOPs of the samples, by the index."""
+
+    @property
+    def ids(self) -> list[str]:
+        """The samples of all micro-batches."""
+        return [name for batch in self.micro_batches for name in batch.ids]
+
+    @property
+    def samples(self) -> int:
+        return len(self.ids)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(batch.input_ids) for batch in self.micro_batches if batch.ids)
 
     @property
     def target_weight(self) -> float:
@@ -60,7 +74,9 @@ class StepDataset(Dataset):
             examples = [self._example(int(numbers[place]), bad) for place in places]
             good = [example for example in examples if example is not None]
             micro_batches.append(collate(good, self.processor.config))
-        return Step(position, micro_batches, bad)
+        mine = [place for places in ranks[self.rank] for place in places]
+        flops = float(self.index.cost[numbers[mine]].sum())
+        return Step(position, micro_batches, bad, flops)
 
     def _example(self, number: int, bad: list[Entry]) -> Example | None:
         try:
@@ -80,10 +96,6 @@ class StepDataset(Dataset):
             if len(chosen) == self.per_device_batch:
                 break
         return collate(chosen, self.processor.config)
-
-    @property
-    def config(self) -> VLMConfig:
-        return self.processor.config
 
 
 def make_loader(

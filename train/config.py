@@ -1,0 +1,152 @@
+"""What a run is told: dataclass, YAML and command line, in that order of rising precedence.
+
+Flags keep the recipe's names. An unknown or mistyped key is an error, never ignored.
+"""
+
+import os
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from vlm.data.processor import MAX_PIXELS, MIN_PIXELS
+
+ENVIRONMENT = {"MAX_PIXELS": "max_pixels"}
+"""Variables of the recipe that set a default, and the option that each sets."""
+
+
+class UsageError(ValueError):
+    """An option, a path or a checkpoint that cannot be used; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of train/sft.py; the defaults are the recipe's and its peer's."""
+
+    model: Path
+    """Directory of the model to start from."""
+    dataset: list[Path]
+    """JSONL files, one sample a line."""
+    output_dir: Path
+    """The run's directory; the same command resumes from what it finds there."""
+
+    freeze_vit: bool = False
+    freeze_aligner: bool = False
+    """The merger."""
+    freeze_llm: bool = False
+    """Decoder, embedding and head."""
+
+    num_train_epochs: int = 3
+    max_steps: int | None = None
+    """Optimiser steps in all; overrides num_train_epochs."""
+    per_device_train_batch_size: int = 2
+    """Samples in a micro-batch."""
+    gradient_accumulation_steps: int = 8
+    """Micro-batches per step, where global_batch_size is not given."""
+    global_batch_size: int | None = None
+    """Samples per optimiser step; fixed at the run's first start (default: micro-batch x
+    accumulation x ranks)."""
+
+    learning_rate: float = 5e-6
+    vit_lr: float | None = None
+    aligner_lr: float | None = None
+    weight_decay: float = 0.1
+    """Of weight matrices; norms and biases have none."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = 0.05
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of weights and activations; bfloat16 keeps float32 masters."""
+    gradient_checkpointing: bool = True
+    deepspeed: str | None = "zero2"
+    """`zero2`, or a DeepSpeed JSON file whose keys go over it; null: one process, no DeepSpeed."""
+
+    max_length: int = 8192
+    """Tokens of a sample."""
+    truncation: Literal["delete", "left", "right"] = "delete"
+    """What is done to a longer one: dropped and recorded, or its text cut (never an image)."""
+    min_pixels: int = MIN_PIXELS
+    max_pixels: int = MAX_PIXELS
+    max_bad_fraction: float = 0.01
+    """Share of bad samples that stops the run."""
+    dataloader_num_workers: int = 4
+    """Per rank."""
+    dataset_num_proc: int = 8
+    """Processes that index the data."""
+
+    save_steps: int = 1000
+    save_total_limit: int = 10
+    logging_steps: int = 5
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        positive = (
+            "num_train_epochs",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "learning_rate",
+            "max_grad_norm",
+            "max_length",
+            "save_steps",
+            "save_total_limit",
+            "logging_steps",
+        )
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if not 0 <= self.warmup_ratio < 1:
+            raise UsageError(f"warmup_ratio is {self.warmup_ratio}; it must be in 0..1")
+        if self.min_pixels > self.max_pixels:
+            raise UsageError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
+        if self.freeze_vit and self.freeze_aligner and self.freeze_llm:
+            raise UsageError("freeze_vit, freeze_aligner and freeze_llm leave nothing to train")
+
+    def to_yaml(self) -> str:
+        """The resolved config, loadable with --config."""
+        plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+        plain["dataset"] = [str(path) for path in self.dataset]
+        return yaml.safe_dump(plain, sort_keys=False)
+
+
+def parse(arguments: list[str] | None = None) -> TrainConfig:
+    """The resolved config of a command line; UsageError in one sentence."""
+    parser = ArgumentParser(prog="train/sft.py", description=__doc__, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file of options")
+    parser.add_class_arguments(TrainConfig)
+    parser.set_defaults(environment_defaults())
+    try:
+        options = parser.parse_args(arguments).as_dict()
+    except ArgumentError as error:
+        raise UsageError(_explain(error)) from None
+    options.pop("config", None)
+    return TrainConfig(**options)
+
+
+def environment_defaults() -> dict[str, int]:
+    """Options whose defaults the environment sets."""
+    defaults = {}
+    for variable, option in ENVIRONMENT.items():
+        if variable in os.environ:
+            try:
+                defaults[option] = int(os.environ[variable])
+            except ValueError:
+                raise UsageError(f"{variable}={os.environ[variable]!r} is not a number") from None
+    return defaults
+
+
+def _explain(error: ArgumentError) -> str:
+    """jsonargparse's message on one line, with the nearest option for an unknown one."""
+    message = " ".join(str(error).split())
+    names = list(TrainConfig.__dataclass_fields__)
+    for word in message.replace("'", " ").replace("=", " ").replace(":", " ").split():
+        near = get_close_matches(word.lstrip("-"), names, 1, 0.75)
+        if near and word.lstrip("-") not in names:
+            return f"{message} (did you mean {near[0]}?)"
+    return message

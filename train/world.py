@@ -1,0 +1,97 @@
+"""The ranks of a run: who this process is, and what all of them know together.
+
+What the step's bookkeeping needs (counts, bad samples, errors) travels over a gloo group on the
+CPU, so that no device waits for it.
+"""
+
+import ctypes
+import os
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+MISSING_AFTER = timedelta(minutes=15)
+"""A rank that has not reached a step by then is reported as missing."""
+INDEXING_TAKES = timedelta(hours=12)
+"""While the first rank indexes the data the others wait."""
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+    launched: bool
+    """By torchrun; else this is one plain process."""
+    group: Any = None
+    """The CPU group; None for a plain process."""
+
+    @classmethod
+    def start(cls) -> "World":
+        """Join the ranks that torchrun started, or be alone."""
+        cuda = torch.cuda.is_available()
+        if "RANK" not in os.environ:
+            return cls(0, 1, torch.device("cuda" if cuda else "cpu"), launched=False)
+        _die_with_parent()
+        device = torch.device("cpu")
+        if cuda:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=INDEXING_TAKES)
+        group = dist.new_group(backend="gloo", timeout=INDEXING_TAKES)
+        return cls(dist.get_rank(), dist.get_world_size(), device, launched=True, group=group)
+
+    def stop(self) -> None:
+        if self.launched:
+            dist.destroy_process_group()
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def check_in(self) -> None:
+        """Wait for every rank; RuntimeError names one that is missing."""
+        if self.size > 1:
+            dist.monitored_barrier(self.group, timeout=MISSING_AFTER)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element by element over all ranks, in float64."""
+        totals = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(totals, group=self.group)
+        return totals.tolist()
+
+    def gather(self, items: list) -> list:
+        """The lists of all ranks, one after the other."""
+        if self.size == 1:
+            return items
+        lists: list[list] = [[] for _ in range(self.size)]
+        dist.all_gather_object(lists, items, group=self.group)
+        return [item for part in lists for item in part]
+
+    def from_first(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns (or raises) on the first rank, on every rank."""
+        if self.size == 1:
+            return work()
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome[0] = work()
+            except Exception as error:  # noqa: BLE001 - raised again below, on every rank
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, group=self.group)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+
+def _die_with_parent() -> None:
+    """Linux: a killed launcher takes its workers along, instead of leaving them to train on."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
