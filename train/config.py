@@ -89,6 +89,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive = (
             "num_train_epochs",
+            "max_steps",
+            "global_batch_size",
             "per_device_train_batch_size",
             "gradient_accumulation_steps",
             "learning_rate",
@@ -98,8 +100,11 @@ class TrainConfig:
             "save_total_limit",
             "logging_steps",
         )
+        for name in ("vit_lr", "aligner_lr", "dataloader_num_workers"):
+            if (getattr(self, name) or 0) < 0:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must not be below 0")
         for name in positive:
-            if getattr(self, name) <= 0:
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0")
         if not 0 <= self.warmup_ratio < 1:
             raise UsageError(f"warmup_ratio is {self.warmup_ratio}; it must be in 0..1")
@@ -119,7 +124,10 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
     """The resolved config of a command line; UsageError in one sentence."""
     parser = ArgumentParser(prog="train/sft.py", description=__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of options")
-    parser.add_class_arguments(TrainConfig)
+    parser.add_argument(
+        "--dataset", type=Path, nargs="+", required=True, help="JSONL files, one sample a line"
+    )
+    parser.add_class_arguments(TrainConfig, skip={"dataset"})
     parser.set_defaults(environment_defaults())
     try:
         options = parser.parse_args(arguments).as_dict()

@@ -43,8 +43,9 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this rank's share of the global mean loss."""
 
-    def step(self) -> float:
-        """Update, unless the norm of the summed gradient, which is returned, is not finite."""
+    def step(self, loss: float) -> float:
+        """Update, unless the loss of the step or the norm of the summed gradient, which is
+        returned, is not finite."""
 
     def fragments(self) -> Iterator[Fragment]:
         """This rank's training state."""
@@ -56,15 +57,18 @@ class Engine(Protocol):
 def start_engine(
     model: nn.Module, groups: list[Group], config: TrainConfig, world: World
 ) -> Engine:
-    """DeepSpeed where torchrun started us, else a plain engine.
-
-    Raises UsageError where that cannot be done.
-    """
+    """DeepSpeed where torchrun started us, else a plain engine."""
     if config.deepspeed and world.launched:
         return ZeroEngine(model, groups, config, world)
-    if world.size > 1:
-        raise UsageError(f"{world.size} ranks need DeepSpeed; set deepspeed: zero2")
     return PlainEngine(groups, config)
+
+
+def check_engine(config: TrainConfig, world: World) -> None:
+    """Raise UsageError where no engine can be started; costs nothing."""
+    if config.deepspeed:
+        deepspeed_config(config, world.size)
+    elif world.size > 1:
+        raise UsageError(f"{world.size} ranks need DeepSpeed; set deepspeed: zero2")
 
 
 class PlainEngine:
@@ -101,10 +105,10 @@ class PlainEngine:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self) -> float:
+    def step(self, loss: float) -> float:
         masters = self._masters.values()
         norm = float(nn.utils.clip_grad_norm_(masters, self._max_norm))
-        if math.isfinite(norm):
+        if math.isfinite(norm) and math.isfinite(loss):
             self._optimizer.step()
             self.updates += 1
             self._publish()
@@ -154,12 +158,21 @@ class ZeroEngine:
         # DeepSpeed averages over ranks; the loss is already a share of the global mean
         self._engine.backward(loss * self._world_size, scale_wrt_gas=False)
 
-    def step(self) -> float:
+    def step(self, loss: float) -> float:
+        if not math.isfinite(loss):
+            self._poison()
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         if math.isfinite(norm):  # else DeepSpeed has skipped the step, without a word
             self.updates += 1
         return norm
+
+    def _poison(self) -> None:
+        """Make DeepSpeed refuse the step: it does so, and cleans up, where a gradient is nan."""
+        for gradients in (self._zero.all_grad_tensors, self._zero.averaged_gradients):
+            for group in gradients.values():
+                for gradient in group or ():
+                    gradient.fill_(math.nan)
 
     def fragments(self) -> Iterator[Fragment]:
         optimizer = self._zero.optimizer
@@ -183,7 +196,8 @@ class ZeroEngine:
 
 
 def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
-    """DeepSpeed's own settings, with the keys of the user's JSON file over them."""
+    """DeepSpeed's own settings: what a step is and how it is added up is the loop's business,
+    all else is taken from the user's JSON file."""
     bfloat16 = config.dtype == "bfloat16"
     settings = {
         "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
@@ -191,7 +205,6 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
         "managed_gradient_accumulation": False,  # the loop decides where a step ends
         "train_batch_size": config.per_device_train_batch_size * world_size,
         "gradient_clipping": config.max_grad_norm,
-        "zero_optimization": {"stage": 2, "overlap_comm": False},
         "zero_allow_untested_optimizer": True,
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
@@ -199,14 +212,16 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
     }
     if bfloat16:
         settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    zero = {"stage": 2, "overlap_comm": False}
     if config.deepspeed != "zero2":
-        settings |= _user_settings(Path(config.deepspeed))
-    return settings
+        settings = _user_settings(Path(config.deepspeed)) | settings
+        zero |= settings.get("zero_optimization", {})
+    return settings | {"zero_optimization": zero}
 
 
 def _user_settings(path: Path) -> dict:
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = _without_auto(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise UsageError(
             f"deepspeed: {path} is neither 'zero2' nor a JSON file ({error})"
@@ -215,6 +230,15 @@ def _user_settings(path: Path) -> dict:
     if stage != 2:
         raise UsageError(f"{path} asks for ZeRO stage {stage}; only stage 2 is supported")
     return settings
+
+
+def _without_auto(settings: dict) -> dict:
+    """Without the keys that transformers' Trainer would fill in."""
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if value != "auto"
+    }
 
 
 def _import_deepspeed(world: World):

@@ -30,8 +30,8 @@ def freeze(model: nn.Module, config: TrainConfig) -> list[Group]:
     """
     trains = trained_parts(config)
     rates = {
-        "vit": config.vit_lr or config.learning_rate,
-        "aligner": config.aligner_lr or config.learning_rate,
+        "vit": config.learning_rate if config.vit_lr is None else config.vit_lr,
+        "aligner": config.learning_rate if config.aligner_lr is None else config.aligner_lr,
         "llm": config.learning_rate,
     }
     groups = {

@@ -4,7 +4,7 @@
 #       train/launch.sh --config configs/stage1.yaml --model ... --dataset ... --output_dir ...
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
-default_processes=$(nvidia-smi -L 2>/dev/null | wc -l)
+default_processes=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
 exec torchrun \
     --nnodes "${NNODES:-1}" \
     --node_rank "${NODE_RANK:-0}" \

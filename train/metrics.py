@@ -51,13 +51,14 @@ class Window:
     def __init__(self) -> None:
         self.began = time.perf_counter()
         self.loss = self.steps = self.tokens = self.targets = self.samples = 0
-        self.flops = self.data_seconds = 0.0
+        self.flops = self.data_seconds = self.norm = 0.0
 
-    def add(self, loss: float, counts: list[float], data_seconds: float) -> None:
-        """One step: its mean loss, and (targets, tokens, samples, FLOPs) over all ranks."""
+    def add(self, loss: float, norm: float, counts: list[float], data_seconds: float) -> None:
+        """One step: mean loss, gradient norm and (targets, tokens, samples, FLOPs) of all ranks."""
         targets, tokens, samples, flops = counts
         self.steps += 1
         self.loss += loss
+        self.norm = norm
         self.targets += targets
         self.tokens += tokens
         self.samples += samples
@@ -69,6 +70,7 @@ class Window:
         seconds = time.perf_counter() - self.began
         return {
             "loss": self.loss / self.steps,
+            "grad_norm": self.norm,  # of the last step that was taken
             "tokens": int(self.tokens),
             "targets": self.targets,
             "samples": int(self.samples),

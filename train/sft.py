@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from train.config import ENVIRONMENT, TrainConfig, UsageError, environment_defaults, parse
-from train.engine import start_engine
+from train.engine import check_engine, start_engine
 from train.freeze import banner, freeze, trained_parts
 from train.metrics import Log, Window
 from train.optim import learning_rate_scale, set_learning_rate
@@ -38,8 +38,10 @@ REFUSED_IN_A_ROW = 3
 
 def train(config: TrainConfig, world: World) -> None:
     # ---- the run, and where it stands
+    check_engine(config, world)
     run = Run(config, world)
     found = run.latest()
+    torch.manual_seed(config.seed + world.rank)
     model_dir = found[0] / "model" if found else config.model
 
     # ---- data: measured once, by the first rank; the plan follows from the measures
@@ -61,6 +63,12 @@ def train(config: TrainConfig, world: World) -> None:
     progress = found[1] if found else _fresh_progress(config, world, index)
     if (progress.samples, progress.data) != (len(index), index.fingerprint()):
         raise UsageError(f"the data differs from what {run.dir} was started with; use another dir")
+    size = config.global_batch_size or progress.global_batch_size
+    if (progress.seed, progress.global_batch_size) != (config.seed, size):
+        raise UsageError(
+            f"{run.dir} was started with seed {progress.seed} and global_batch_size "
+            f"{progress.global_batch_size}, which fix its batches; keep them or use another dir"
+        )
     steps_per_epoch = batches_per_epoch(len(index), progress.global_batch_size)
     total_steps = config.max_steps or steps_per_epoch * config.num_train_epochs
     micro_batch = config.per_device_train_batch_size
@@ -114,17 +122,17 @@ def train(config: TrainConfig, world: World) -> None:
 
             scale = learning_rate_scale(engine.updates, total_steps, config)
             set_learning_rate(engine.param_groups, scale)
-            norm = engine.step()
             (loss,) = world.sum([loss_sum.item()])
+            norm = engine.step(loss)
             if math.isfinite(norm) and math.isfinite(loss):
                 refused = 0
-                window.add(loss, counts, waiting)
+                window.add(loss, norm, counts, waiting)
             else:
                 refused += 1
                 ids = world.gather(part.ids)
                 log.write("refused", step, loss=str(loss), grad_norm=str(norm), samples=ids)
                 log.say(f"step {step} refused: loss {loss}, gradient norm {norm}; samples {ids}")
-                if refused == REFUSED_IN_A_ROW or math.isfinite(norm):
+                if refused == REFUSED_IN_A_ROW:
                     raise RuntimeError(f"{refused} steps refused in a row; see {run.log}")
 
         progress = progress.after(part.position, steps_per_epoch, step, engine.updates)
@@ -132,11 +140,11 @@ def train(config: TrainConfig, world: World) -> None:
         if window.steps and (last or step % config.logging_steps == 0):
             figures = window.figures()
             rates = {group["name"]: group["lr"] for group in engine.param_groups}
-            log.write("train", step, epoch=part.position.epoch, **figures, grad_norm=norm, lr=rates)
-            log.show(step, f"loss {figures['loss']:.4f} norm {norm:.2f}")
+            log.write("train", step, epoch=part.position.epoch, **figures, lr=rates)
+            log.show(step, f"loss {figures['loss']:.4f} norm {figures['grad_norm']:.2f}")
             window = Window()
         if last or step % config.save_steps == 0:
-            run.save(model, engine, progress)
+            run.save(model, engine, progress, model_dir)
     log.say(f"done: {run.dir}/{run.latest()[0].name}")
     log.close()
 
@@ -145,7 +153,7 @@ def _fresh_progress(config: TrainConfig, world: World, index) -> Progress:
     """Where a run begins. The size of its global batches is fixed here, for good."""
     per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
     size = config.global_batch_size or per_step * world.size
-    return Progress(0, 0, 0, 0, size, len(index), index.fingerprint())
+    return Progress(0, 0, 0, 0, size, config.seed, len(index), index.fingerprint())
 
 
 def _cost(model_config, trains, sizes) -> float:
@@ -165,7 +173,9 @@ def _warm_up(model, dataset: StepDataset, world: World) -> None:
 
 
 def _introduction(config, world: World, progress, good: int, bad: int, total_steps: int) -> str:
-    set_by = {v: o for v, o in ENVIRONMENT.items() if o in environment_defaults()}
+    defaults = environment_defaults().items()
+    in_force = [option for option, value in defaults if getattr(config, option) == value]
+    set_by = {v: o for v, o in ENVIRONMENT.items() if o in in_force}
     verb = "resuming" if progress.step else "starting"
     return (
         f"{verb} at step {progress.step} of {total_steps}: "

@@ -46,6 +46,7 @@ class Progress:
     batch: int
     """The next place in the plan."""
     global_batch_size: int
+    seed: int
     samples: int
     data: str
     """Fingerprint of the indexed data."""
@@ -73,6 +74,8 @@ class Run:
     def _create(self) -> None:
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
+            for torn in self.dir.glob("checkpoint-*.partial"):
+                shutil.rmtree(torn)
             (self.dir / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
         except OSError as error:
             raise UsageError(f"output_dir {self.dir} cannot be written ({error})") from None
@@ -83,9 +86,9 @@ class Run:
 
     def _find_latest(self) -> tuple[Path, Progress] | None:
         for folder in reversed(self.checkpoints()):
-            if (folder / "engine").is_dir():
-                trainer = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-                return folder, Progress(**trainer)
+            trainer = folder / "trainer.json"  # a folder that is being deleted may lack it
+            if (folder / "engine").is_dir() and trainer.is_file():
+                return folder, Progress(**json.loads(trainer.read_text(encoding="utf-8")))
         return None
 
     def checkpoints(self) -> list[Path]:
@@ -93,8 +96,11 @@ class Run:
         found = [p for p in self.dir.glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
         return sorted(found, key=lambda folder: int(folder.name.split("-")[1]))
 
-    def save(self, model: VisionLanguageModel, engine: Engine, progress: Progress) -> None:
-        """Write checkpoint-<step>; every rank calls this."""
+    def save(
+        self, model: VisionLanguageModel, engine: Engine, progress: Progress, companions: Path
+    ) -> None:
+        """Write checkpoint-<step>, with the tokenizer and processor files of `companions`; every
+        rank calls this."""
         final = self.dir / f"checkpoint-{progress.step}"
         partial = final.with_name(final.name + ".partial")
         self.world.from_first(lambda: _fresh_folder(partial / "engine"))
@@ -103,7 +109,7 @@ class Run:
         save_file(tensors, partial / "engine" / f"rank-{self.world.rank:05d}.safetensors")
 
         def finish() -> None:
-            save_model(partial / "model", model.state_dict().items(), self.config.model)
+            save_model(partial / "model", model.state_dict().items(), companions)
             write_json(partial / "trainer.json", asdict(progress))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)

@@ -28,9 +28,13 @@ class Ledger:
         self.path, self.writes = path, writes
         self.entries: dict[str, Entry] = {}
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                entry = Entry(**json.loads(line))
-                self.entries[entry.id] = entry
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            for line in lines:
+                if line.endswith("\n"):  # a kill, or the first rank at work, leaves a torn end
+                    entry = Entry(**json.loads(line))
+                    self.entries[entry.id] = entry
+            if writes and lines and not lines[-1].endswith("\n"):
+                path.write_text("".join(lines[:-1]), encoding="utf-8")
 
     def record(self, entries: list[Entry]) -> None:
         """Append the entries that are new."""
