@@ -1,0 +1,46 @@
+"""The distribution `graftvl`. Exact versions that are known to work together: requirements.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOMS = ["vlm", "train", "serve", "eval"]
+
+setup(
+    name="graftvl",
+    version="0.1.0",
+    description="Graft a vision tower onto a language model, train it in stages, and chat with it",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=[*ROOMS, *(f"{room}.*" for room in ROOMS)]),
+    install_requires=[
+        "torch>=2.11",
+        "numpy>=1.26",
+        "safetensors>=0.5",
+        "pillow>=11",
+        "tokenizers>=0.22",
+        "jinja2>=3.1",
+        "tqdm>=4.66",
+        # the independent witness of `python -m vlm.graft verify`; the model itself never needs it
+        "transformers>=5.16,<5.20",
+    ],
+    extras_require={
+        "train": [
+            "deepspeed>=0.19,<0.20",
+            "jsonargparse[signatures]>=4.40",
+            "pyyaml>=6",
+        ],
+        # Nothing in these two rooms needs more than the base yet.
+        "serve": [],
+        "eval": [],
+        # Used by itself where it is installed; torch's own kernels serve otherwise.
+        "gpu": ["flash-attn>=2.7"],
+        "dev": [
+            "pytest>=8.4",
+            "ruff>=0.14",
+            "scikit-learn>=1.5",  # bundles the scans of examples/digits
+        ],
+    },
+)
