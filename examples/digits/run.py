@@ -1,0 +1,189 @@
+"""The recipe in miniature, from two donors to a scored model: `make demo`.
+
+python -m examples.digits.run [--out runs/digits] [--fresh]
+
+Every phase is the real command of the 8B recipe. Donors and data are kept and used again; the
+phases after them run anew, and their old results are removed first.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from examples.digits.donors import train_side_by_side
+from examples.digits.make_data import make_data
+from examples.digits.report import write_report
+from examples.digits.score import chance, language_model_loss, read_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+RANKS = 2
+
+
+class Demo:
+    """The phases, the folder that holds them, and how long each took."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.seconds: dict[str, float] = {}
+        self.data, self.donors, self.graft = out / "data", out / "donors", out / "graft"
+
+    @contextmanager
+    def phase(self, name: str, what: str):
+        print(f"\n=== {name}: {what}", flush=True)
+        began = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - began, 1)
+        print(f"=== {name} took {self.seconds[name]:.0f} s", flush=True)
+
+    def make(self) -> dict:
+        """Run all phases; returns the report."""
+        for old in ("graft", "stage1", "stage2"):
+            shutil.rmtree(self.out / old, ignore_errors=True)
+        if not self.data.exists():
+            with self.phase("data", "boards of handwritten digits, and questions about them"):
+                make_data(self.data)
+        with self.phase("donors", "a tower that knows digits, a language model that knows text"):
+            train_side_by_side(self.donors)
+        with self.phase("graft", "join them with a fresh merger"):
+            donors = ("--vision", self.donors / "vision", "--llm", self.donors / "llm")
+            run("-m", "vlm.graft", "build", *donors, "--out", self.graft)
+        with self.phase("verify", "on text the hybrid equals its language donor"):
+            proof = self.out / "proof.json"
+            llm = ("--llm", self.donors / "llm", "--json", proof)
+            run("-m", "vlm.graft", "verify", "--model", self.graft, *llm)
+        with self.phase("stage1", "the merger alone"):
+            stage1 = self.train("stage1", self.graft)
+        with self.phase("stage2", "everything"):
+            stage2 = self.train("stage2", stage1)
+        models = {"graft": self.graft, "stage1": stage1, "stage2": stage2}
+        with self.phase("chat", "ask the trained model about an unseen board"):
+            self.chat(stage2)
+        with self.phase("score", "every checkpoint answers the held-out questions"):
+            scores = self.score(models)
+        return self.report(json.loads(proof.read_text()), scores)
+
+    def train(self, stage: str, model: Path) -> Path:
+        """A stage through train/sft.py on two ranks; returns the model that it leaves."""
+        run(
+            *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)),
+            *("train/sft.py", "--config", f"configs/demo/{stage}.yaml"),
+            *("--model", model, "--dataset", self.data / f"{stage}.jsonl"),
+            *("--output_dir", self.out / stage),
+            threads=1,
+        )
+        latest = (self.out / stage / "latest").read_text().strip()
+        return self.out / stage / latest / "model"
+
+    def chat(self, model: Path) -> None:
+        row = read_rows(self.data / "held_out.jsonl")[0]
+        question = row["messages"][0]["content"].replace("<image>", "")
+        images = [part for f in row["images"] for part in ("--image", self.data / f)]
+        print(f"{row['images']} {question.strip()} (truth: {row['messages'][1]['content']})")
+        run("serve/chat.py", model, *images, "--prompt", question)
+
+    def score(self, models: dict[str, Path]) -> dict[str, dict]:
+        """Two checkpoints at a time, one thread each."""
+        files = {name: self.out / f"score_{name}.json" for name in models}
+        waiting = list(models)
+        while waiting:
+            pair, waiting = waiting[:RANKS], waiting[RANKS:]
+            children = [
+                start(
+                    *("-m", "examples.digits.score", "--model", models[name]),
+                    *("--data", self.data, "--out", files[name]),
+                    threads=1,
+                )
+                for name in pair
+            ]
+            for name, child in zip(pair, children, strict=True):
+                if child.wait():
+                    raise SystemExit(f"scoring {name} failed (see above)")
+        return {name: json.loads(file.read_text()) for name, file in files.items()}
+
+    def report(self, proof: dict, scores: dict[str, dict]) -> dict:
+        rows = read_rows(self.data / "held_out.jsonl")
+        text_rows = read_rows(self.data / "held_out_text.jsonl")
+        llm_loss = language_model_loss(self.donors / "llm", text_rows)
+        values = {
+            "text_proof_max_abs_delta": proof["max_abs_delta"],
+            "text_proof_vs_transformers": proof["witness_max_abs_delta"],
+            "questions": len(rows),
+            "exact_match": {"chance": chance(rows)}
+            | {name: score["exact_match"] for name, score in scores.items()},
+            "loss": {name: score["loss"] for name, score in scores.items()},
+            "text_loss": {
+                "llm": llm_loss,
+                "graft": scores["graft"]["text_loss"],
+                "stage2": scores["stage2"]["text_loss"],
+            },
+            "by_inverted": {name: score["by_inverted"] for name, score in scores.items()},
+            "trainable_parameters": {
+                s: trained_parameters(self.out / s) for s in scores_of(scores)
+            },
+            "seconds": self.seconds,
+        }
+        answers = {name: score["answers"] for name, score in scores.items()}
+        write_report(self.out, values, rows, answers, self.data)
+        return values
+
+
+def scores_of(scores: dict[str, dict]) -> list[str]:
+    """The checkpoints that a stage trained."""
+    return [name for name in scores if name.startswith("stage")]
+
+
+def trained_parameters(run_dir: Path) -> int:
+    """Parameters whose masters the run's checkpoint holds."""
+    from safetensors import safe_open
+
+    latest = run_dir / (run_dir / "latest").read_text().strip()
+    total = 0
+    for path in (latest / "engine").glob("rank-*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            masters = [key for key in file.keys() if "|master|" in key]  # noqa: SIM118
+            total += sum(file.get_slice(key).get_shape()[0] for key in masters)
+    return total
+
+
+def start(*arguments: object, threads: int = RANKS) -> subprocess.Popen:
+    """A Python process of the project, in its root."""
+    command = [sys.executable, *map(str, arguments)]
+    print("$ python " + " ".join(map(_shown, command[1:])), flush=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment["PYTHONWARNINGS"] = "ignore"
+    return subprocess.Popen(command, cwd=ROOT, env=environment)
+
+
+def run(*arguments: object, threads: int = RANKS) -> None:
+    """The same, waited for; its failure ends the demo."""
+    code = start(*arguments, threads=threads).wait()
+    if code:
+        raise SystemExit(f"the command above ended with code {code}; the demo stops here")
+
+
+def _shown(argument: str) -> str:
+    return repr(argument) if " " in argument or "\n" in argument else argument
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "digits")
+    parser.add_argument("--fresh", action="store_true", help="also make donors and data anew")
+    options = parser.parse_args()
+    out = options.out.resolve()
+    if options.fresh:
+        shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    Demo(out).make()
+    print(f"\nall of it took {time.monotonic() - began:.0f} s; the report is {out}/report.md")
+
+
+if __name__ == "__main__":
+    main()
