@@ -2,8 +2,8 @@
 
 python -m examples.digits.donors --out DIR      (DIR/vision and DIR/llm; what is there is kept)
 
-- `vision`, a tiny Qwen2.5-VL: its tower and merger learn to name the digit of each visual token
-  through a throw-away head. Its own decoder is never trained: the graft drops it.
+- `vision`, a tiny Qwen2.5-VL: its tower learns to name the digit of each visual token through a
+  throw-away head. Its own merger's MLP and its decoder are never trained: the graft drops them.
 - `llm`, a tiny Qwen3: learns to answer the questions from boards written as text. It has never
   seen a picture, nor a vision token.
 
@@ -60,7 +60,7 @@ def fit(
         {"params": matrices, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    # beta2 = 0.99: with 0.95 the text donor answers 77 % where this answers 95 %
+    # beta2 = 0.99 with the wider initialisation: 0.95 and 0.02 together answer 77 %, these 95 %
     optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.99))
     started = time.monotonic()
     for step in range(1, steps + 1):
@@ -86,20 +86,30 @@ def train_vision_donor(out: Path, steps: int = VISION_STEPS) -> None:
     model = VisionLanguageModel(config)
     initialise(model, generator)
     initialise(model.visual, generator, std=0.08)  # learns twice as fast as with 0.02
-    head = nn.Linear(config.vision.out_hidden_size, BLANK + 1)  # thrown away
+    width = config.vision.hidden_size * config.vision.merge_unit
+    head = nn.Linear(width, BLANK + 1)  # thrown away
     initialise(head, generator)
     training, unseen = load_scans()
     rng = np.random.default_rng(4)
 
+    tower = model.visual
+
+    def scores(patches: Tensor, plan: VisionPlan) -> Tensor:
+        # Read off the blocks, not off the merger, whose work the graft throws away: a fresh
+        # merger then reaches 89 % in stage 1 instead of 84, and stage 2 goes further.
+        joined = tower.merger.ln_q(tower.trunk(patches, plan)).view(-1, width)
+        return head(joined[plan.reverse_index])
+
     def losses() -> Tensor:
         patches, plan, names = picture_batch(training, VISION_BOARDS, rng, config.vision)
-        return F.cross_entropy(head(model.visual(patches, plan)), names, label_smoothing=0.05)
+        return F.cross_entropy(scores(patches, plan), names, label_smoothing=0.05)
 
-    parameters = [*model.visual.parameters(), *head.parameters()]
+    untrained = {id(p) for p in tower.merger.mlp.parameters()}
+    parameters = [p for p in tower.parameters() if id(p) not in untrained] + [*head.parameters()]
     fit("vision", parameters, losses, steps, peak_lr=1e-3, weight_decay=0.1)
     with torch.no_grad():
         patches, plan, names = picture_batch(unseen, 300, rng, config.vision)
-        right = (head(model.visual(patches, plan)).argmax(-1) == names)[names != BLANK]
+        right = (scores(patches, plan).argmax(-1) == names)[names != BLANK]
     print(f"vision donor: names {right.float().mean():.2%} of {len(right)} unseen digits")
     donor_files.write_vision_donor(out, model, raw, tokenizer)
 

@@ -1,6 +1,6 @@
 """Conversations about the boards, in the files that training and scoring read.
 
-python -m examples.digits.make_data --out DIR [--fresh]
+python -m examples.digits.make_data --out DIR
 
 Writes stage1.jsonl and stage2.jsonl (training scans only), held_out.jsonl (one question a line,
 over scans that nothing trains on) and held_out_text.jsonl, the pictures under images/, and

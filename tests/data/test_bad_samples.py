@@ -24,10 +24,6 @@ from vlm.data.schema import BadSample
 PICTURE = "<image>what?"
 
 
-def defect(reason, *case):
-    return pytest.param(*case, marks=pytest.mark.xfail(strict=True, reason=reason))
-
-
 def messages(*given):
     return {"messages": list(given)}
 
@@ -58,7 +54,7 @@ BAD = [
     (messages(user("a"), assistant("b", loss=False)), "nothing to learn"),
     (messages(user("a"), assistant("b", loss_scale=0)), "nothing to learn"),
     (messages(user("a"), assistant("b", loss="no")), "loss 'no'"),
-    (messages(user("a"), assistant("b", loss_scale="x")), "loss_scale 'x'"),
+    (messages(user("a"), assistant("b", loss_scale="x")), "loss_scale x"),
     (messages(user("a"), assistant("b", loss_scale=True)), "loss_scale True"),
     (messages(user("a"), assistant("b", loss_scale=float("nan"))), "loss_scale nan"),
     (
@@ -90,27 +86,23 @@ BAD = [
     (row(videos=["a.mp4"]), "videos are not supported"),
     (row(tools="[]"), "tools are not supported"),
     (row(objects={"bbox": [[1, 2, 3, 4]]}), "objects are not supported"),
-    defect("RecursionError is not caught", b"[" * 100_000, "JSON"),
-    defect("a plain ValueError is not caught", b'{"messages": ' + b"1" * 5000 + b"}", "JSON"),
-    defect("the tokenizer's TypeError is not caught", row("\ud800"), "surrogate"),
-    defect(
-        "base64 of non-ASCII text raises a plain ValueError",
+    (b"[" * 100_000, "JSON"),
+    (b'{"messages": ' + b"1" * 5000 + b"}", "JSON"),
+    (row("\ud800"), "surrogate"),
+    (
         row(PICTURE, images=["data:image/png;base64,é"]),
         "base64",
     ),
-    defect(
-        "isfinite() of a huge integer overflows",
+    (
         messages(user("a"), assistant("b", loss_scale=10**400)),
         "loss_scale",
     ),
-    defect(
-        "a negative weight teaches the opposite",
+    (
         messages(user("a"), assistant("b", loss_scale=-1)),
         "loss_scale -1",
     ),
-    defect("<|vision_pad|> is a vision token too", row("<|vision_pad|>"), "vision_pad"),
-    defect(
-        "tool_calls are dropped without a word",
+    (row("<|vision_pad|>"), "vision_pad"),
+    (
         messages(user("a"), assistant("", tool_calls=[{"function": {"name": "f"}}])),
         "tool_calls",
     ),
@@ -201,7 +193,6 @@ def test_files_that_are_no_data_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"truncation": "delte"}, {"min_pixels": 2_000_000}])
-@pytest.mark.xfail(strict=True, reason="options are not checked; a misspelt truncation cuts right")
 def test_options_that_make_no_sense_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         processor(**options)
@@ -216,20 +207,15 @@ def edited_model(tmp_path, edit):
     return tmp_path
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the config's media ids are never held against the tokenizer"
-)
 def test_a_tokenizer_with_other_media_ids_is_refused(tmp_path):
-    def swap(tokenizer):
-        for token in tokenizer["added_tokens"]:
-            if token["id"] in (4012, 4013):  # image and video placeholders
-                token["id"] = 4012 + 4013 - token["id"]
+    folder = edited_model(tmp_path, lambda tokenizer: None)
+    config = json.loads((folder / "config.json").read_text())
+    config["image_token_id"], config["video_token_id"] = 4013, 4012
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"image_pad.* is 4012 in the tokenizer, but 4013"):
+        type(processor()).from_pretrained(folder)
 
-    with pytest.raises(ValueError, match="image_pad"):
-        type(processor()).from_pretrained(edited_model(tmp_path, swap))
 
-
-@pytest.mark.xfail(strict=True, reason="a truncation saved in tokenizer.json stays switched on")
 def test_a_tokenizers_own_truncation_is_switched_off(tmp_path):
     def shorten(tokenizer):
         tokenizer["truncation"] = {

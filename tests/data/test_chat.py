@@ -111,13 +111,11 @@ def test_what_cannot_be_rendered_is_refused():
         render(sample({"role": "system", "content": "a"}))
 
 
-@pytest.mark.xfail(strict=True, reason="`loss` left out and `loss: true` compare as different")
 def test_turns_that_mean_the_same_are_joined():
     both = sample(user("a"), assistant("b", loss=True), assistant("c"))
     assert render(both) == render(sample(user("a"), assistant("bc")))
 
 
-@pytest.mark.xfail(strict=True, reason="a user message's `loss` means nothing, but is compared")
 def test_loss_of_a_user_message_does_not_stop_a_join():
     both = sample(user("a") | {"loss": False}, user("b"), assistant("c"))
     assert render(both) == render(sample(user("ab"), assistant("c")))

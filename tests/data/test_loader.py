@@ -201,14 +201,12 @@ def test_a_ledger_torn_by_a_kill_is_read_up_to_the_tear(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x\u2028y.png", "x\x85y.png", "\ud800.png"])
-@pytest.mark.xfail(strict=True, reason="splits at U+2028; cannot write surrogates")
 def test_a_ledger_holds_any_file_name(tmp_path, name):
     entry = Entry("a:1", f"{name} does not exist", "index")
     Ledger(tmp_path / "ledger.jsonl").record([entry])
     assert Ledger(tmp_path / "ledger.jsonl").entries["a:1"].id == "a:1"
 
 
-@pytest.mark.xfail(strict=True, reason="Executor.map reads the whole file before the first result")
 def test_indexing_in_processes_does_not_read_the_file_ahead(tmp_path, monkeypatch):
     """A data file with images inside may be larger than the memory."""
     file = write_jsonl(tmp_path / "data.jsonl", [row("hi")] * 256 * 40)

@@ -31,7 +31,7 @@ def render(sample: Sample, default_system: str = DEFAULT_SYSTEM) -> list[Span]:
         if turn.role == "user":
             spans.append(Span(_question(turn.content)))
         else:
-            weight = 1.0 if turn.weight is None else turn.weight
+            weight = _weight(turn)
             # a scale is of the words; the end of a learnt turn always counts in full
             spans += [Span(turn.content, weight), Span("<|im_end|>\n", float(weight != 0))]
     return spans
@@ -54,6 +54,10 @@ def _open(messages: Sequence[Message], default_system: str) -> list[Span]:
     return [Span(f"<|im_start|>system\n{system}<|im_end|>\n")] if system else []
 
 
+def _weight(answer: Message) -> float:
+    return 1.0 if answer.weight is None else answer.weight
+
+
 def _question(content: str) -> str:
     return f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -65,7 +69,7 @@ def _turns(sample: Sample) -> list[Message]:
         if message.role == "system":
             continue
         if turns and turns[-1].role == message.role:
-            if turns[-1].weight != message.weight:
+            if message.role == "assistant" and _weight(turns[-1]) != _weight(message):
                 raise BadSample(sample.id, "joins assistant messages of different loss weights")
             joined = turns[-1].content + message.content
             turns[-1] = Message(message.role, joined, message.weight)

@@ -53,6 +53,8 @@ def open_image(source: Media) -> Image.Image:
 def header_size(source: Media) -> tuple[int, int]:
     """(height, width) as it will be seen, from the header alone."""
     with open_image(source) as image:
+        if image.format == "PNG" and "exif" not in image.info:
+            return image.height, image.width  # Pillow would decode it all to look for one behind
         try:
             sideways = image.getexif().get(ORIENTATION) in SIDEWAYS
         except Exception:  # noqa: BLE001 - damaged EXIF: no orientation

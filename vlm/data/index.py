@@ -4,6 +4,7 @@ About 40 bytes a sample, so a million fit easily. Bad samples are found here as 
 and image headers show them, and are left out.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -113,7 +114,13 @@ def _measured(paths, processor: Processor, cost, workers: int):
     initial = (processor, cost)
     context = get_context("fork")
     with ProcessPoolExecutor(workers, context, initializer=_remember, initargs=initial) as pool:
-        yield from pool.map(_measure_remembered, chunks)
+        pending = deque()  # a few chunks ahead: Executor.map would read the whole file first
+        for chunk in chunks:
+            pending.append(pool.submit(_measure_remembered, chunk))
+            if len(pending) > 4 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def _chunks(number: int, path: Path) -> Iterator[tuple[int, Path, list[tuple[int, int, bytes]]]]:

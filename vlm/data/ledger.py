@@ -43,7 +43,7 @@ class Ledger:
         if new and self.writes:
             with self.path.open("a", encoding="utf-8") as file:
                 for entry in new.values():
-                    file.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")
+                    file.write(json.dumps(asdict(entry)) + "\n")
 
     def check(self, samples: int, max_bad_fraction: float) -> None:
         """TooManyBadSamples, with a summary, where the share of bad ones is too large.

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from tokenizers import Tokenizer
@@ -28,6 +28,7 @@ from vlm.vision import IMAGE_MEAN, IMAGE_STD
 
 MIN_PIXELS, MAX_PIXELS = 3136, 1003520
 IGNORED = -100
+MEDIA_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 Grid = tuple[int, int, int]
 Truncation = Literal["delete", "left", "right"]
 
@@ -79,6 +80,12 @@ class Processor:
         truncation: Truncation = "delete",
         default_system: str = DEFAULT_SYSTEM,
     ) -> None:
+        if truncation not in get_args(Truncation):
+            raise ValueError(f"truncation {truncation!r} is not one of {get_args(Truncation)}")
+        if min_pixels > max_pixels:
+            raise ValueError(f"min_pixels {min_pixels} is above max_pixels {max_pixels}")
+        tokenizer.no_truncation()  # what tokenizer.json may say of lengths is not ours
+        tokenizer.no_padding()
         self.config, self.tokenizer, self.stop_ids = config, tokenizer, stop_ids
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.max_length, self.truncation = max_length, truncation
@@ -86,7 +93,13 @@ class Processor:
         ids = (config.vision_start_token_id, config.vision_end_token_id)
         ids += (config.image_token_id, config.video_token_id)
         self._media_ids = frozenset(ids)
-        self._media_tokens = [tokenizer.id_to_token(index) for index in ids]
+        self._media_tokens = [*MEDIA_TOKENS, "<|vision_pad|>"]
+        for token, index in zip(MEDIA_TOKENS, ids, strict=True):
+            if tokenizer.token_to_id(token) != index:
+                raise CheckpointError(
+                    f"{token} is {tokenizer.token_to_id(token)} in the tokenizer, but {index} in "
+                    "config.json; they belong to different models"
+                )
 
     @classmethod
     def from_pretrained(cls, model_dir: Path | str, **options) -> "Processor":

@@ -52,6 +52,13 @@ def check_sample(sample: Sample) -> Sample:
             )
         if message.role == "system" and number > 0:
             raise BadSample(sample.id, f"message {number} is a system message; only the first may")
+    for number, message in enumerate(sample.messages):
+        try:
+            message.content.encode("utf-8")
+        except UnicodeEncodeError:
+            raise BadSample(
+                sample.id, f"message {number} has half of a surrogate pair, which is no text"
+            ) from None
     tags = sum(message.content.count(IMAGE_TAG) for message in sample.messages)
     if tags != len(sample.images):
         raise BadSample(

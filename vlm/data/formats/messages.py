@@ -9,14 +9,14 @@ paths relative to the data file, `file://` URLs, data URIs, or objects with `pat
 """
 
 import base64
-import binascii
 import json
-import math
 from pathlib import Path
 
 from vlm.data.schema import IMAGE_TAG, BadSample, Media, Message, Sample, check_sample
 
 UNSUPPORTED = ("videos", "audios", "objects", "tools")
+MAX_LOSS_SCALE = 1000
+"""Larger weights are surely a mistake."""
 
 
 def parse_line(line: str | bytes, sample_id: str, folder: Path) -> Sample:
@@ -27,7 +27,7 @@ def parse_line(line: str | bytes, sample_id: str, folder: Path) -> Sample:
     """
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise BadSample(sample_id, f"not a line of JSON ({error})") from None
     return parse_row(row, sample_id, folder)
 
@@ -57,6 +57,8 @@ def _content(raw: object, number: int, sample_id: str, folder: Path) -> tuple[st
     """Text with tags, and the images of content parts."""
     if not isinstance(raw, dict) or not isinstance(raw.get("role"), str):
         raise BadSample(sample_id, f"message {number} has no role")
+    if raw.get("tool_calls"):
+        raise BadSample(sample_id, f"message {number}: tool_calls are not supported yet")
     content = raw.get("content")
     if isinstance(content, str):
         return content, []
@@ -85,8 +87,12 @@ def _weight(raw: dict, number: int, sample_id: str) -> float | None:
         raise BadSample(sample_id, f"message {number} has loss {loss!r}; use true or false")
     if scale is None:
         return None if loss is None else float(loss)
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise BadSample(sample_id, f"message {number} has loss_scale {scale!r}; use a number")
+    is_number = isinstance(scale, int | float) and not isinstance(scale, bool)
+    if not is_number or not 0 <= scale <= MAX_LOSS_SCALE:
+        raise BadSample(
+            sample_id,
+            f"message {number} has loss_scale {scale!s:.20}, not in 0..{MAX_LOSS_SCALE}",
+        )
     return 0.0 if loss is False else float(scale)
 
 
@@ -101,7 +107,7 @@ def _media(source: object, sample_id: str, folder: Path) -> Media:
     if source.startswith("data:"):
         try:
             return base64.b64decode(source.partition(",")[2], validate=True)
-        except binascii.Error as error:
+        except ValueError as error:
             raise BadSample(sample_id, f"an image's base64 is damaged ({error})") from None
     if source.startswith(("http://", "https://")):
         raise BadSample(sample_id, f"{source}: images are not fetched; save them beside the data")
