@@ -100,9 +100,7 @@ def train(config: TrainConfig, world: World) -> None:
         # What only this rank knows becomes known to all: how many targets its samples really
         # have (one may have turned out bad), and which were bad.
         world.check_in()
-        counts = world.sum(
-            [part.target_weight, part.tokens, part.samples, part.flops, len(part.bad)]
-        )
+        counts = world.sum([part.targets, part.tokens, part.samples, part.flops, len(part.bad)])
         targets, broken = counts[0], counts.pop()
         if broken:
             ledger.record(world.gather(part.bad))

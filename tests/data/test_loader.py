@@ -102,7 +102,7 @@ def test_ranks_share_each_global_batch_whatever_the_world(folder):
             whole = alone[position]
             real = sorted(i for i in ids if "data.jsonl" in i)
             assert real == sorted(i for batch in whole.micro_batches for i in batch.ids)
-            assert sum(part.target_weight for part in parts) == whole.target_weight
+            assert sum(part.targets for part in parts) == whole.targets
 
 
 def test_an_empty_micro_batch_is_one_token_and_a_dummy_image(folder):
@@ -143,7 +143,7 @@ def test_a_micro_batch_whose_every_sample_is_bad_has_no_target(tmp_path):
     write_jsonl(tmp_path / "data.jsonl", [row("<image>", images=["a.jpg"])])
     damage(tmp_path / "a.jpg")
     step = make_dataset(tmp_path)[Position(0, 0)]
-    assert step.target_weight == 0 and len(step.bad) == 1
+    assert step.targets == 0 and len(step.bad) == 1
     assert [len(batch.input_ids) for batch in step.micro_batches] == [1]
 
 

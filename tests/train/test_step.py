@@ -176,3 +176,18 @@ def test_refused_step_leaves_schedule_and_weights(setting, tmp_path, monkeypatch
     assert progress["step"] == refused and progress["updates"] == refused - 1
     final = json.loads((run / "checkpoint-6" / "trainer.json").read_text())
     assert (final["step"], final["updates"]) == (6, 5)
+
+
+def test_weights_scale_the_sum_and_not_the_denominator(setting, tmp_path):
+    """Every word weighed 0.5: the first step's loss falls, though its target count does not."""
+    path = setting["dataset"][0]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["messages"][-1]["loss_scale"] = 0.5
+    weighed = path.with_name("weighed.jsonl")
+    weighed.write_text("\n".join(json.dumps(row) for row in rows))
+    options = {"max_steps": 1}
+    full = log_of(run_plain(setting, tmp_path / "full", **options))[0]
+    half = log_of(run_plain(setting | {"dataset": [weighed]}, tmp_path / "half", **options))[0]
+    assert half["targets"] == full["targets"]
+    assert 0.5 < half["loss"] / full["loss"] < 0.9  # words count half, ends of turns in full

@@ -41,12 +41,9 @@ class Step:
         return sum(len(batch.input_ids) for batch in self.micro_batches if batch.ids)
 
     @property
-    def target_weight(self) -> float:
-        """What this rank adds to the loss's denominator: its targets, weighted."""
-        return sum(
-            len(batch.targets) if batch.weights is None else float(batch.weights.sum())
-            for batch in self.micro_batches
-        )
+    def targets(self) -> int:
+        """This rank's share of the loss's denominator. Weights scale the sum, not the count."""
+        return sum(len(batch.targets) for batch in self.micro_batches)
 
     def pin_memory(self) -> "Step":
         """The DataLoader's hook: pinned, so that the copy to the device is asynchronous."""
