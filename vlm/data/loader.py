@@ -1,5 +1,6 @@
 """Dataset and DataLoader over a plan: one item is one rank's part of one optimiser step."""
 
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count
@@ -99,6 +100,8 @@ def make_loader(
     dataset: StepDataset, start: Position, workers: int, pin_memory: bool = False
 ) -> DataLoader:
     """Steps from `start` on, epoch after epoch without end. Any position starts at once."""
+    if workers:
+        _allow_open_files()
     return DataLoader(
         dataset,
         sampler=_Positions(dataset, start),
@@ -122,6 +125,12 @@ class _Positions:
             first = self.start.batch if epoch == self.start.epoch else 0
             for batch in range(first, size):
                 yield Position(epoch, batch)
+
+
+def _allow_open_files() -> None:
+    """A worker hands over each tensor of a step as an open file; the usual 1,024 are few."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _one_thread(_worker: int) -> None:
