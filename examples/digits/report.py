@@ -70,7 +70,7 @@ def boards_picture(
 ) -> Image.Image:
     """Boards with a question each, the truth, and what every stage answered."""
     chosen = choose(rows, count)
-    columns, width, height = 3, 400, 210
+    columns, width, height = 3, 400, 276
     canvas = Image.new("RGB", (columns * width, -(-len(chosen) // columns) * height), "white")
     draw = ImageDraw.Draw(canvas)
     title, small = ImageFont.load_default(17), ImageFont.load_default(15)
