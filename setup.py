@@ -26,6 +26,7 @@ setup(
         # the independent witness of `python -m vlm.graft verify`; the model itself never needs it
         "transformers>=5.16,<5.20",
     ],
+    entry_points={"vllm.general_plugins": ["graft_vl = vlm.vllm_plugin:register"]},
     extras_require={
         "train": [
             "deepspeed>=0.19,<0.20",

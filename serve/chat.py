@@ -1,133 +1,173 @@
-"""Chat with a checkpoint in the terminal, by our own KV-cache generation.
+"""Chat with a checkpoint or an OpenAI-compatible endpoint, in the terminal or in batches.
 
-    python serve/chat.py DIR --image cat.jpg --prompt "What is this?"     # one answer, streamed
-    python serve/chat.py DIR                                              # a conversation
+    python serve/chat.py DIR|URL                                           # a conversation
+    python serve/chat.py DIR|URL --image cat.jpg --prompt "What is this?"  # one answer, streamed
+    python serve/chat.py DIR|URL --input data.jsonl --output answers.jsonl # a batch; resumes
 
-In a conversation `/image PATH` adds an image to the next message, `/reset` starts anew and
-`/quit` ends. Exit code 2 is a mistake in what was asked for, told in one sentence.
+A directory is answered for by our own generation; http:// or https:// names a server. Exit code 2
+is a mistake in what was asked for, told in one sentence; 1 is a batch of which rows failed.
 """
 
 import argparse
+import os
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import NoReturn
 
-import torch
-
-from vlm.checkpoint import CheckpointError, load_model
-from vlm.data.chat import DEFAULT_SYSTEM
-from vlm.data.collate import collate
-from vlm.data.processor import Processor
-from vlm.data.schema import IMAGE_TAG, BadSample, Message, Sample, check_sample
-from vlm.generate import generate
+from serve.batch import run_batch
+from serve.conversation import (
+    Backend,
+    EndpointError,
+    Sampling,
+    UsageError,
+    check_image,
+    check_video,
+)
+from serve.terminal import Chat, Printer, converse
+from vlm.checkpoint import CheckpointError
+from vlm.data.schema import BadSample
 from vlm.hf_config import ConfigError
+
+THINKING = {"true": True, "false": False, "auto": None}
+LIMITS = {
+    "min_pixels": None,
+    "max_pixels": "MAX_PIXELS",
+    "video_max_pixels": "VIDEO_MAX_PIXELS",
+    "fps": None,
+    "fps_max_frames": "FPS_MAX_FRAMES",
+}
+"""Options that bound images and videos, and the recipe's variable that sets each."""
+OF_ENDPOINTS = ("api_key", "model_name", "timeout")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python serve/chat.py", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("model", type=Path, help="directory of a checkpoint")
-    parser.add_argument("--prompt", help="ask this once and end")
-    parser.add_argument("--image", type=Path, action="append", default=[], help="may be repeated")
-    parser.add_argument("--system", default=DEFAULT_SYSTEM, help="system prompt; empty for none")
-    parser.add_argument("--max_new_tokens", type=int, default=512)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(arguments)
+    parser = argparse.ArgumentParser(
+        prog="python serve/chat.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = _refuse
+    add = parser.add_argument
+    add("model", metavar="DIR|URL", help="a checkpoint, or a server with or without /v1")
+    add("--prompt", help="ask this once and end")
+    add("--image", type=Path, action="append", default=[], help="may be repeated")
+    add("--video", type=Path, action="append", default=[], help="may be repeated")
+    add("--system", help="system prompt; empty for none (default: the model's)")
+    add("--input", type=Path, help="JSONL of conversations to answer")
+    add("--output", type=Path, help="JSONL of their answers")
+    add("--batch_size", type=int, default=8, help="conversations, or requests, at a time")
+
+    add = parser.add_argument_group("sampling").add_argument
+    add("--max_new_tokens", type=int, default=Sampling.max_new_tokens)
+    add("--temperature", type=float, default=Sampling.temperature, help="0 is greedy")
+    add("--top_p", type=float, default=Sampling.top_p)
+    add("--seed", type=int, default=Sampling.seed)
+    add("--thinking", choices=THINKING, default="auto", help="auto leaves it to the model")
+
+    add = parser.add_argument_group("a checkpoint's limits (a server has its own)").add_argument
+    for name, variable in LIMITS.items():
+        kind = float if name == "fps" else int
+        add(f"--{name}", type=kind, help=f"default: {variable}, or the recipe's" * bool(variable))
+
+    add = parser.add_argument_group("an endpoint").add_argument
+    add("--api_key", help="default: OPENAI_API_KEY")
+    add("--model_name", help="default: the one that the server has")
+    add("--timeout", type=float, help="seconds without a sign of life (default: 600)")
+    options = parser.parse_args(arguments)
+    _check(options)
+    return options
 
 
-class Chat:
-    """A conversation with its images, and the model that answers."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-        self.processor = Processor.from_pretrained(options.model, default_system=options.system)
-        self.model = load_model(options.model, dtype, self.device).eval()
-        self.reset()
-
-    def reset(self) -> None:
-        self.messages: list[Message] = []
-        self.images: list[Path] = []
-
-    def ask(self, text: str, images: list[Path]) -> str:
-        """Stream the answer to the terminal and remember both; BadSample names a bad image."""
-        question = Message("user", IMAGE_TAG * len(images) + text)
-        messages, all_images = (*self.messages, question), (*self.images, *images)
-        sample = check_sample(Sample("chat", messages, all_images))
-        batch = collate([self.processor.prompt(sample)], self.model.config).to(self.device)
-        shown, ids = "", []
-
-        def show(_sample: int, token: int) -> None:
-            nonlocal shown
-            ids.append(token)
-            whole = self.processor.decode(ids)
-            if not whole.endswith("\ufffd"):  # half of a character: wait for the rest
-                print(whole[len(shown) :], end="", flush=True)
-                shown = whole
-
-        generate(
-            self.model,
-            batch,
-            max_new_tokens=self.options.max_new_tokens,
-            stop_ids=self.processor.stop_ids,
-            temperature=self.options.temperature,
-            top_p=self.options.top_p,
-            seed=self.options.seed,
-            on_token=show,
-        )
-        print(flush=True)
-        answer = self.processor.decode(ids)
-        self.messages, self.images = [*messages, Message("assistant", answer)], [*all_images]
-        return answer
+def _refuse(message: str) -> NoReturn:
+    raise UsageError(message)
 
 
-def converse(chat: Chat, images: list[Path]) -> None:
-    """Read messages until /quit or the end of the input."""
-    print("/image PATH adds an image, /reset starts anew, /quit ends")
-    while True:
-        try:
-            line = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if line == "/quit":
-            return
-        if line == "/reset":
-            chat.reset()
-            images = []
-        elif line.startswith("/image"):
-            path = Path(line.removeprefix("/image").strip())
-            if path.is_file():
-                images = [*images, path]
-            else:
-                print(f"{path} does not exist")
-        elif line.startswith("/"):
-            print(f"{line.split()[0]} is no command; use /image PATH, /reset or /quit")
-        elif line:
+def _check(options: argparse.Namespace) -> None:
+    if (options.input is None) != (options.output is None):
+        raise UsageError("--input and --output go together")
+    talk = options.prompt is not None or options.image or options.video
+    if options.input and (talk or options.system is not None):
+        raise UsageError("--input brings its own prompts, system prompts, images and videos")
+    if options.batch_size < 1:
+        raise UsageError(f"batch_size is {options.batch_size}; it must be 1 or more")
+    is_url = _is_url(options.model)
+    for name in LIMITS if is_url else OF_ENDPOINTS:
+        if getattr(options, name) is not None:
+            whose = "a checkpoint; a server has its own limits" if is_url else "an endpoint"
+            raise UsageError(f"--{name} is for {whose}")
+
+
+def _is_url(model: str) -> bool:
+    return model.startswith(("http://", "https://"))
+
+
+def open_backend(options: argparse.Namespace) -> Backend:
+    """Whoever answers; UsageError, ConfigError, CheckpointError or EndpointError if nobody can."""
+    if _is_url(options.model):
+        from serve.endpoint import Endpoint
+
+        given = {} if options.timeout is None else {"timeout": options.timeout}
+        endpoint = Endpoint(options.model, options.api_key, options.model_name, **given)
+        endpoint.identity()  # find out now if nobody is there
+        return endpoint
+    from serve.local import Local
+
+    local = Local(Path(options.model), _limits(options))
+    if options.thinking != "auto":
+        local.check_thinking()
+    return local
+
+
+def _limits(options: argparse.Namespace) -> dict:
+    """Flags, then the recipe's environment; what neither sets is left to the processor."""
+    limits = {}
+    for name, variable in LIMITS.items():
+        if getattr(options, name) is not None:
+            limits[name] = getattr(options, name)
+        elif variable and variable in os.environ:
             try:
-                chat.ask(line, images)
-            except BadSample as error:
-                print(error.reason)
-            images = []
+                limits[name] = int(os.environ[variable])
+            except ValueError:
+                raise UsageError(f"{variable}={os.environ[variable]!r} is not a number") from None
+    return limits
+
+
+def run(options: argparse.Namespace) -> int:
+    """What the options ask for; the exit code."""
+    given = {f.name: getattr(options, f.name) for f in fields(Sampling)}
+    sampling = Sampling(**given | {"thinking": THINKING[options.thinking]})
+    for path in options.image:
+        check_image(path)
+    for path in options.video:
+        check_video(path)
+    backend = open_backend(options)
+    if options.input:
+        failed = run_batch(backend, sampling, options.input, options.output, options.batch_size)
+        if failed:
+            print(f"{failed} rows failed; see error in {options.output}", file=sys.stderr)
+        return 1 if failed else 0
+    chat = Chat(backend, sampling, options.system)
+    chat.images, chat.videos = list(options.image), list(options.video)
+    if options.prompt is None:
+        converse(chat, Printer(sys.stdout))
+    else:
+        chat.ask(options.prompt, Printer(sys.stdout))
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
     try:
-        chat = Chat(options)
-        if options.prompt is None:
-            converse(chat, options.image)
-        else:
-            chat.ask(options.prompt, options.image)
+        return run(parse_arguments(arguments))
     except BadSample as error:
         print(f"error: {error.reason}", file=sys.stderr)
-        return 2
-    except (ConfigError, CheckpointError) as error:
+    except (UsageError, ConfigError, CheckpointError, EndpointError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 2
 
 
 if __name__ == "__main__":

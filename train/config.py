@@ -12,9 +12,20 @@ from typing import Literal
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from vlm.data.processor import MAX_PIXELS, MIN_PIXELS
+from vlm.data.processor import (
+    FPS,
+    FPS_MAX_FRAMES,
+    MAX_PIXELS,
+    MIN_PIXELS,
+    VIDEO_MAX_PIXELS,
+    check_video_limits,
+)
 
-ENVIRONMENT = {"MAX_PIXELS": "max_pixels"}
+ENVIRONMENT = {
+    "MAX_PIXELS": "max_pixels",
+    "VIDEO_MAX_PIXELS": "video_max_pixels",
+    "FPS_MAX_FRAMES": "fps_max_frames",
+}
 """Variables of the recipe that set a default, and the option that each sets."""
 
 
@@ -71,9 +82,15 @@ class TrainConfig:
     max_length: int = 8192
     """Tokens of a sample."""
     truncation: Literal["delete", "left", "right"] = "delete"
-    """What is done to a longer one: dropped and recorded, or its text cut (never an image)."""
+    """What is done to a longer one: dropped and recorded, or its text cut (never its media)."""
     min_pixels: int = MIN_PIXELS
     max_pixels: int = MAX_PIXELS
+    video_max_pixels: int = VIDEO_MAX_PIXELS
+    """Of each frame."""
+    fps: float = FPS
+    """Frames sampled per second of video."""
+    fps_max_frames: int = FPS_MAX_FRAMES
+    """Most frames of a video."""
     max_bad_fraction: float = 0.01
     """Share of bad samples that stops the run."""
     dataloader_num_workers: int = 4
@@ -110,6 +127,10 @@ class TrainConfig:
             raise UsageError(f"warmup_ratio is {self.warmup_ratio}; it must be in 0..1")
         if self.min_pixels > self.max_pixels:
             raise UsageError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
+        try:
+            check_video_limits(self.fps, self.fps_max_frames, self.video_max_pixels)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
         if self.freeze_vit and self.freeze_aligner and self.freeze_llm:
             raise UsageError("freeze_vit, freeze_aligner and freeze_llm leave nothing to train")
 

@@ -49,6 +49,9 @@ def train(config: TrainConfig, world: World) -> None:
         model_dir,
         min_pixels=config.min_pixels,
         max_pixels=config.max_pixels,
+        video_max_pixels=config.video_max_pixels,
+        fps=config.fps,
+        fps_max_frames=config.fps_max_frames,
         max_length=config.max_length,
         truncation=config.truncation,
     )
@@ -178,7 +181,8 @@ def _introduction(config, world: World, progress, good: int, bad: int, total_ste
     return (
         f"{verb} at step {progress.step} of {total_steps}: "
         f"{good} samples ({bad} bad), {progress.global_batch_size} a step, {world.size} ranks on "
-        f"{world.device.type}, {config.dtype}, max_pixels {config.max_pixels}"
+        f"{world.device.type}, {config.dtype}, max_pixels {config.max_pixels}, video_max_pixels "
+        f"{config.video_max_pixels}, fps {config.fps}, fps_max_frames {config.fps_max_frames}"
         + "".join(f" ({option} from {variable})" for variable, option in set_by.items())
     )
 

@@ -37,13 +37,14 @@ def mrope_positions(
     Args:
         input_ids: (t,) int64, with one placeholder token per visual token.
         grids: (time, height, width) in patches of each image or video, in order of appearance.
-        second_per_grid: seconds between two temporal grid steps, one per video.
+        second_per_grid: seconds between two temporal grid steps, one per video. Time is counted
+            in float64 and cut off, as vLLM does (`qwen2_5_vl.get_mrope_input_positions`).
 
     Returns:
         (3, t) int64: time, height, width.
 
     Raises:
-        ValueError: the placeholders do not match the grids.
+        ValueError: the placeholders do not match the grids, or the videos the seconds.
     """
     merge = config.vision.spatial_merge_size
     kinds = {config.image_token_id: "image", config.video_token_id: "video"}
@@ -66,13 +67,19 @@ def mrope_positions(
                     f"{length} {kind} placeholder tokens, but the grid has {t * h * w}"
                 )
             length -= t * h * w
-            interval = config.vision.tokens_per_second * seconds.pop(0) if kind == "video" else 1
-            axes = (torch.arange(t) * interval).long(), torch.arange(h), torch.arange(w)
+            times = torch.arange(t)
+            if kind == "video":
+                if not seconds:
+                    raise ValueError("a video has no second_per_grid")
+                interval = seconds.pop(0) * config.vision.tokens_per_second
+                times = (times.double() * interval).long()
+            axes = times, torch.arange(h), torch.arange(w)
             block = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1) + start
             blocks.append(block)
             start = int(block.max()) + 1
-    if remaining:
-        raise ValueError(f"{len(remaining)} images or videos have no placeholder tokens")
+    if remaining or seconds:
+        left = len(remaining) or len(seconds)
+        raise ValueError(f"{left} images or videos have no placeholder tokens")
     return torch.cat(blocks, dim=1) if blocks else torch.zeros(3, 0, dtype=torch.int64)
 
 

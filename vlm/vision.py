@@ -72,6 +72,13 @@ def _patch_positions(height: int, width: int, merge: int) -> Tensor:
     return blocks.transpose(1, 2).reshape(-1, 2)
 
 
+def normalise(patches: Tensor) -> Tensor:
+    """(P, patch_dim) uint8 RGB levels -> float32 values of the donors' normalisation."""
+    levels = patches.unflatten(1, (len(IMAGE_MEAN), -1)).float() / 255  # (P, channels, rest)
+    channels = zip(levels.unbind(1), IMAGE_MEAN, IMAGE_STD, strict=True)
+    return torch.cat([(level - mean) / std for level, mean, std in channels], dim=1)
+
+
 class VisionTower(nn.Module):
     """Patches to visual tokens in the language model's space."""
 
@@ -115,10 +122,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches: Tensor) -> Tensor:
         weight = self.proj.weight
-        levels = patches.unflatten(1, (weight.shape[1], -1)).float() / 255  # (P, channels, rest)
-        channels = zip(levels.unbind(1), IMAGE_MEAN, IMAGE_STD, strict=True)
-        pixels = torch.cat([(level - mean) / std for level, mean, std in channels], dim=1)
-        return F.linear(pixels.to(weight.dtype), weight.flatten(1))
+        return F.linear(normalise(patches).to(weight.dtype), weight.flatten(1))
 
 
 class VisionBlock(nn.Module):

@@ -19,7 +19,7 @@ from vlm.batch import Segments
 from vlm.checkpoint import load_language_model, load_model
 from vlm.loss import cross_entropy_sum
 from vlm.rope import mrope_positions
-from vlm.vision import IMAGE_MEAN, IMAGE_STD, plan_vision
+from vlm.vision import normalise, plan_vision
 
 # text, grids in patches: windows are 8 patches wide, so 6, 10, 14 and 18 fill none exactly
 SAMPLES = [
@@ -67,11 +67,6 @@ def stock(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stock")
     oracle.save_pretrained(folder)
     return oracle, load_model(folder)
-
-
-def normalise(patches):
-    mean, std = torch.tensor(IMAGE_MEAN)[:, None], torch.tensor(IMAGE_STD)[:, None]
-    return ((patches.view(-1, 3, 392).float() / 255 - mean) / std).flatten(1)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ class Span:
 def render(sample: Sample, default_system: str = DEFAULT_SYSTEM) -> list[Span]:
     """The conversation's spans; it must end with the assistant."""
     spans = _open(sample.messages, default_system)
-    turns = _turns(sample)
+    turns = join_turns(sample)
     if turns[-1].role != "assistant":
         raise BadSample(sample.id, "ends with a user message, so its answer cannot be learnt")
     for turn in turns:
@@ -37,16 +37,18 @@ def render(sample: Sample, default_system: str = DEFAULT_SYSTEM) -> list[Span]:
     return spans
 
 
-def render_prompt(sample: Sample, default_system: str = DEFAULT_SYSTEM) -> list[Span]:
-    """The conversation up to where the assistant's next words begin."""
-    turns = _turns(sample)
+def render_prompt(
+    sample: Sample, default_system: str = DEFAULT_SYSTEM, answer_prefix: str = ""
+) -> list[Span]:
+    """The conversation up to where the assistant's next words begin, after `answer_prefix`."""
+    turns = join_turns(sample)
     if turns[-1].role != "user":
         raise BadSample(sample.id, "ends with the assistant; a prompt ends with a user message")
     spans = _open(sample.messages, default_system)
     for turn in turns:
         text = _question(turn.content) if turn.role == "user" else f"{turn.content}<|im_end|>\n"
         spans.append(Span(text))
-    return spans
+    return [*spans, Span(answer_prefix)]
 
 
 def _open(messages: Sequence[Message], default_system: str) -> list[Span]:
@@ -62,7 +64,7 @@ def _question(content: str) -> str:
     return f"<|im_start|>user\n{content}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def _turns(sample: Sample) -> list[Message]:
+def join_turns(sample: Sample) -> list[Message]:
     """User and assistant in turn: neighbours of one role are joined, as the peer does."""
     turns: list[Message] = []
     for message in sample.messages:

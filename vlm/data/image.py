@@ -115,18 +115,23 @@ def resize(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 def patchify(pixels: Tensor, config: VisionConfig) -> Tensor:
-    """(height, width, 3) uint8 -> (P, patch_dim) uint8, in transformers' order.
+    """An image (height, width, 3), or frames (n, height, width, 3), uint8 -> (P, patch_dim) uint8.
 
-    Patches of one visual token are neighbours; inside a patch: channel, time, row, column. An
-    image is its own second temporal frame.
+    In transformers' order: patches of one visual token are neighbours; inside a patch: channel,
+    time, row, column. The last frame is repeated up to a whole temporal patch, so an image is its
+    own second frame.
     """
-    height, width, channels = pixels.shape
-    side, merge = config.patch_size, config.spatial_merge_size
-    grid = (height // side // merge, merge, side, width // side // merge, merge, side, channels)
-    patches = pixels.reshape(grid).permute(0, 3, 1, 4, 6, 2, 5)  # rows, columns, m, m, c, y, x
-    patches = patches.reshape(-1, channels, 1, side, side)
-    return patches.expand(-1, -1, config.temporal_patch_size, -1, -1).flatten(1)
+    side, merge, depth = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
+    frames = pixels.reshape(-1, *pixels.shape[-3:])
+    count, height, width, channels = frames.shape
+    grid = (count, height // side // merge, merge, side, width // side // merge, merge, side)
+    patches = frames.reshape(*grid, channels).permute(0, 1, 4, 2, 5, 7, 3, 6)
+    patches = patches.reshape(count, -1, channels, side, side)  # each frame's, in order
+    times = [patches[min(time, count - 1)] for time in range(count + -count % depth)]
+    groups = [times[first : first + depth] for first in range(0, len(times), depth)]
+    return torch.cat([torch.stack(group, dim=2) for group in groups]).flatten(1)
 
 
-def describe(source: Media) -> str:
-    return str(source) if isinstance(source, Path) else f"an image of {len(source)} bytes"
+def describe(source: Media, kind: str = "an image") -> str:
+    """The name of a file; what is known of mere bytes."""
+    return str(source) if isinstance(source, Path) else f"{kind} of {len(source)} bytes"

@@ -12,30 +12,27 @@ from torch import Tensor
 from vlm.checkpoint import CheckpointError
 from vlm.config import VLMConfig
 from vlm.data.chat import DEFAULT_SYSTEM, Span, render, render_prompt
-from vlm.data.image import (
-    BadImage,
-    describe,
-    header_size,
-    load_image,
-    patchify,
-    resize,
-    smart_resize,
-)
-from vlm.data.schema import IMAGE_TAG, BadSample, Sample
+from vlm.data.media import TAGS, Grid, MediaReader, Medium
+from vlm.data.schema import IMAGE_TAG, VIDEO_TAG, BadSample, Sample
 from vlm.hf_config import read_config, read_json
 from vlm.rope import mrope_positions
 from vlm.vision import IMAGE_MEAN, IMAGE_STD
 
 MIN_PIXELS, MAX_PIXELS = 3136, 1003520
+VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS = 12544, 50176
+"""Of each frame."""
+FPS, FPS_MIN_FRAMES, FPS_MAX_FRAMES = 2.0, 4, 12
+"""Frames sampled per second of video, and the least and most of a video."""
+MOST_FPS, MOST_FRAMES = 30, 768
+"""A vLLM server samples no more, whatever it is asked for."""
 IGNORED = -100
 MEDIA_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-Grid = tuple[int, int, int]
 Truncation = Literal["delete", "left", "right"]
 
 
 @dataclass(frozen=True)
 class Example:
-    """One sample as the model sees it. Legend: t tokens, P patches, i images."""
+    """One sample as the model sees it. Legend: t tokens, P patches, i images and videos."""
 
     id: str
     input_ids: Tensor
@@ -49,7 +46,9 @@ class Example:
     patches: Tensor
     """(P, patch_dim) uint8."""
     grid_thw: tuple[Grid, ...]
-    """(time, height, width) in patches of each image."""
+    """(time, height, width) in patches of each image and video, in order of appearance."""
+    second_per_grid: tuple[float, ...] = ()
+    """Seconds from one temporal patch to the next, one per video."""
 
     @property
     def length(self) -> int:
@@ -76,6 +75,10 @@ class Processor:
         *,
         min_pixels: int = MIN_PIXELS,
         max_pixels: int = MAX_PIXELS,
+        video_min_pixels: int = VIDEO_MIN_PIXELS,
+        video_max_pixels: int = VIDEO_MAX_PIXELS,
+        fps: float = FPS,
+        fps_max_frames: int = FPS_MAX_FRAMES,
         max_length: int | None = None,
         truncation: Truncation = "delete",
         default_system: str = DEFAULT_SYSTEM,
@@ -84,10 +87,17 @@ class Processor:
             raise ValueError(f"truncation {truncation!r} is not one of {get_args(Truncation)}")
         if min_pixels > max_pixels:
             raise ValueError(f"min_pixels {min_pixels} is above max_pixels {max_pixels}")
+        check_video_limits(fps, fps_max_frames, video_max_pixels, video_min_pixels)
         tokenizer.no_truncation()  # what tokenizer.json may say of lengths is not ours
         tokenizer.no_padding()
         self.config, self.tokenizer, self.stop_ids = config, tokenizer, stop_ids
-        self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        self.reader = MediaReader(
+            config.vision,
+            image_pixels=(min_pixels, max_pixels),
+            video_pixels=(video_min_pixels, video_max_pixels),
+            fps=fps,
+            frames=(FPS_MIN_FRAMES, fps_max_frames),
+        )
         self.max_length, self.truncation = max_length, truncation
         self.default_system = default_system
         ids = (config.vision_start_token_id, config.vision_end_token_id)
@@ -130,80 +140,56 @@ class Processor:
         return self._example(sample, render_prompt(sample, self.default_system))
 
     def measure(self, sample: Sample) -> Sizes:
-        """Sizes of `encode(sample)` from the images' headers; raises as it does."""
-        grids = self._grids(sample)
-        ids, targets, _ = self._tokens(sample, render(sample, self.default_system), grids)
+        """Sizes of `encode(sample)` from the headers of its media; raises as it does."""
+        media = self.reader.measure(sample)
+        ids, targets, _ = self._tokens(sample, render(sample, self.default_system), media)
         count = sum(target != IGNORED for target in targets)
         if not count:
             raise BadSample(sample.id, "has nothing to learn")
-        return Sizes(len(ids), count, grids)
+        return Sizes(len(ids), count, tuple(medium.grid for medium in media))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def _example(self, sample: Sample, spans: list[Span]) -> Example:
-        grids = self._grids(sample)
-        ids, targets, weights = self._tokens(sample, spans, grids)
+        media, patches = self.reader.read(sample)
+        ids, targets, weights = self._tokens(sample, spans, media)
         input_ids = torch.tensor(ids)
         uneven = any(w != 1.0 for w, target in zip(weights, targets, strict=True) if target >= 0)
+        grids = tuple(medium.grid for medium in media)
+        seconds = tuple(medium.seconds for medium in media if medium.seconds is not None)
         return Example(
             id=sample.id,
             input_ids=input_ids,
             targets=torch.tensor(targets),
             weights=torch.tensor(weights) if uneven else None,
-            position_ids=mrope_positions(input_ids, grids, self.config),
-            patches=self._patches(sample, grids),
+            position_ids=mrope_positions(input_ids, grids, self.config, seconds),
+            patches=patches,
             grid_thw=grids,
+            second_per_grid=seconds,
         )
 
-    def _grids(self, sample: Sample) -> tuple[Grid, ...]:
-        side = self.config.vision.patch_size
-        grids = []
-        for image in sample.images:
-            try:
-                height, width = header_size(image)
-                height, width = self._target_size(height, width)
-            except BadImage as error:
-                raise BadSample(sample.id, str(error)) from None
-            grids.append((1, height // side, width // side))
-        return tuple(grids)
-
-    def _target_size(self, height: int, width: int) -> tuple[int, int]:
-        factor = self.config.vision.patch_size * self.config.vision.spatial_merge_size
-        return smart_resize(height, width, self.min_pixels, self.max_pixels, factor)
-
-    def _patches(self, sample: Sample, grids: tuple[Grid, ...]) -> Tensor:
-        vision = self.config.vision
-        patches = [torch.zeros(0, vision.patch_dim, dtype=torch.uint8)]
-        for image, (_, rows, columns) in zip(sample.images, grids, strict=True):
-            try:
-                pixels = load_image(image)
-            except BadImage as error:
-                raise BadSample(sample.id, str(error)) from None
-            size = (rows * vision.patch_size, columns * vision.patch_size)
-            if self._target_size(*pixels.shape[:2]) != size:
-                raise BadSample(sample.id, f"{describe(image)} has a header that lies of its size")
-            patches.append(patchify(resize(pixels, *size), vision))
-        return torch.cat(patches)
-
     def _tokens(
-        self, sample: Sample, spans: list[Span], grids: tuple[Grid, ...]
+        self, sample: Sample, spans: list[Span], media: list[Medium]
     ) -> tuple[list[int], list[int], list[float]]:
         """Ids, shifted targets and their weights, truncated."""
         start, end = self.config.vision_start_token_id, self.config.vision_end_token_id
         ids, weights = [], []
-        images = iter(grids)
+        remaining = iter(media)
         for span in spans:
-            for number, text in enumerate(span.text.split(IMAGE_TAG)):
+            for number, text in enumerate(TAGS.split(span.text)):
                 if number:
-                    t, h, w = next(images)
-                    count = t * h * w // self.config.vision.merge_unit
-                    block = [start, *[self.config.image_token_id] * count, end]
+                    medium = next(remaining, None)
+                    if medium is None:
+                        raise BadSample(sample.id, "has a tag of which two messages hold a half")
+                    block = [start, *self._placeholders(medium), end]
                     ids += block
                     weights += [0.0] * len(block)
                 for token in self._media_tokens:
                     if token in text:
-                        raise BadSample(sample.id, f"has {token} in its text; use {IMAGE_TAG}")
+                        raise BadSample(
+                            sample.id, f"has {token} in its text; use {IMAGE_TAG} or {VIDEO_TAG}"
+                        )
                 pieces = self.tokenizer.encode(text, add_special_tokens=False).ids
                 ids += pieces
                 weights += [span.weight] * len(pieces)
@@ -212,10 +198,17 @@ class Processor:
         targets = [index if weight else IGNORED for index, weight in learnt]
         return ids, [*targets, IGNORED], [*weights[1:], 0.0]
 
+    def _placeholders(self, medium: Medium) -> list[int]:
+        """One token per visual token."""
+        t, h, w = medium.grid
+        is_image = medium.info is None
+        token = self.config.image_token_id if is_image else self.config.video_token_id
+        return [token] * (t * h * w // self.config.vision.merge_unit)
+
     def _truncate(
         self, sample: Sample, ids: list[int], weights: list[float]
     ) -> tuple[list[int], list[float]]:
-        """At most `max_length` tokens: text alone is cut, never an image."""
+        """At most `max_length` tokens: text alone is cut, never an image or video."""
         excess = len(ids) - (self.max_length or len(ids))
         if excess <= 0:
             return ids, weights
@@ -228,6 +221,18 @@ class Processor:
         cut = set(text[:excess] if self.truncation == "left" else text[len(text) - excess :])
         kept = [row for row in range(len(ids)) if row not in cut]
         return [ids[row] for row in kept], [weights[row] for row in kept]
+
+
+def check_video_limits(
+    fps: float, max_frames: int, max_pixels: int, min_pixels: int = VIDEO_MIN_PIXELS
+) -> None:
+    """ValueError where a server could not keep to the same limits, or nobody could."""
+    if not 0 < fps <= MOST_FPS:
+        raise ValueError(f"fps is {fps}; it must be above 0 and at most {MOST_FPS}")
+    if not 2 <= max_frames <= MOST_FRAMES:
+        raise ValueError(f"fps_max_frames is {max_frames}; it must be in 2..{MOST_FRAMES}")
+    if min_pixels > max_pixels:
+        raise ValueError(f"video_max_pixels {max_pixels} is below {min_pixels}, a frame's least")
 
 
 def _stop_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:

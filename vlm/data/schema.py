@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 IMAGE_TAG = "<image>"
+VIDEO_TAG = "<video>"
 ROLES = ("system", "user", "assistant")
 
 Media = Path | bytes
 """An image: a file, or the encoded bytes themselves."""
+Video = Media | tuple[Media, ...]
+"""A video: a file, its encoded bytes, or its frames as images, already sampled."""
 
 
 class BadSample(ValueError):
@@ -26,19 +29,20 @@ class BadSample(ValueError):
 class Message:
     role: str
     content: str
-    """Text, with an `<image>` tag where each image stands."""
+    """Text, with an `<image>` or `<video>` tag where each of them stands."""
     weight: float | None = None
     """Weight of this turn in the loss; None for the default (assistant 1, others 0)."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation with its images, in the order of their tags."""
+    """A conversation with its images and videos, each in the order of their tags."""
 
     id: str
     """`file:line`, for messages."""
     messages: tuple[Message, ...]
     images: tuple[Media, ...] = ()
+    videos: tuple[Video, ...] = ()
 
 
 def check_sample(sample: Sample) -> Sample:
@@ -59,9 +63,10 @@ def check_sample(sample: Sample) -> Sample:
             raise BadSample(
                 sample.id, f"message {number} has half of a surrogate pair, which is no text"
             ) from None
-    tags = sum(message.content.count(IMAGE_TAG) for message in sample.messages)
-    if tags != len(sample.images):
-        raise BadSample(
-            sample.id, f"{tags} {IMAGE_TAG} tags but {len(sample.images)} images; give one each"
-        )
+    for tag, media in ((IMAGE_TAG, sample.images), (VIDEO_TAG, sample.videos)):
+        tags = sum(message.content.count(tag) for message in sample.messages)
+        if tags != len(media):
+            raise BadSample(
+                sample.id, f"{tags} {tag} tags but {len(media)} {tag[1:-1]}s; give one each"
+            )
     return sample

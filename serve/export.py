@@ -1,0 +1,171 @@
+"""A training checkpoint -> a directory that transformers and vLLM load.
+
+    python serve/export.py runs/stage2 --out exports/my-vlm
+    python serve/export.py runs/stage2/checkpoint-3000 --out exports/my-vlm --format vllm_stock
+    python serve/export.py models/graft-8b --out exports/graft --push my-name/my-vlm
+
+The source is a run, a checkpoint of it, or any model directory of ours. The export takes its
+limits on images and videos from the run's config, so that the model is served what it was
+trained on. Before it gets its final name it is loaded again by the code that it carries, and its
+logits are compared with ours.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from serve.export_files import STOCK_WARNING, Format, export_config, write_files
+from serve.limits import Limits
+from serve.model_card import model_card, training_stages
+from serve.reload import check_reload
+from vlm.checkpoint import COMPANION_FILES, CheckpointError, TensorReader, save_model
+from vlm.hf_config import ConfigError, read_config, read_json
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export, where to, and how."""
+
+    source: Path
+    out: Path
+    format: Format = "hf"
+    dtype: str | None = None
+    """Of the weights; None keeps each tensor's own."""
+    max_shard_gb: float = 4.0
+    limits: dict | None = None
+    """Those of `Limits` that differ from the run's, or from the recipe's where there is no run."""
+    push: str | None = None
+    """Repository on the hub, `owner/name`."""
+    private: bool = False
+
+
+def export(options: ExportOptions) -> Path:
+    """Write, check and rename; returns the export's directory.
+
+    Raises:
+        ConfigError, CheckpointError: one sentence about what does not fit; nothing is left at
+            the export's final name.
+    """
+    if options.out.exists():
+        raise ConfigError(f"{options.out} exists; remove it or choose another --out")
+    source = find_model(options.source)
+    raw, config = read_json(source / "config.json"), read_config(source)
+    if raw["model_type"] != "graft_vl":
+        raise ConfigError(f"{source} is a {raw['model_type']} model; a graft_vl one is exported")
+    stages = training_stages(source)
+    limits = choose_limits(stages, options.limits or {})
+    written_config = export_config(raw, config, options.format)
+    if options.dtype:
+        written_config["dtype"] = options.dtype
+    card = model_card(options.out.name, source, config, limits, options.format, stages)
+    unchecked = options.out.with_name(options.out.name + ".unchecked")
+    tensors = export_tensors(source, options, written_config)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in COMPANION_FILES:
+            if (source / name).exists():
+                shutil.copyfile(source / name, Path(folder) / name)
+        limit = int(options.max_shard_gb * 1e9)
+        save_model(unchecked, tensors, folder, written_config, limit)
+    write_files(unchecked, limits, config, options.format, card)
+    check_reload(source, unchecked, limits, options.format)
+    os.replace(unchecked, options.out)
+    return options.out
+
+
+def find_model(path: Path) -> Path:
+    """The model's directory in a run, a checkpoint, or the directory itself."""
+    if (path / "config.json").exists():
+        return path
+    if (path / "latest").exists():
+        path = path / (path / "latest").read_text(encoding="utf-8").strip()
+    if (path / "model" / "config.json").exists():
+        return path / "model"
+    raise ConfigError(
+        f"{path} is no run, checkpoint or model: it has neither config.json nor model/ nor latest"
+    )
+
+
+def choose_limits(stages: list[dict], given: dict) -> Limits:
+    """The last stage's limits under those that were given; the recipe's where neither says."""
+    names = {field.name for field in fields(Limits)}
+    trained = stages[-1]["config"] if stages else {}
+    return replace(Limits(**{n: trained[n] for n in names if n in trained}), **given)
+
+
+def export_tensors(
+    source: Path, options: ExportOptions, config: dict
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) one by one; stock classes get the zero biases that they insist on."""
+    reader = TensorReader(source)
+    if config["tie_word_embeddings"]:
+        reader.discard("lm_head.weight")
+    for name in reader.names():
+        tensor = reader.get(name)
+        if options.dtype:
+            tensor = tensor.to(DTYPES[options.dtype])
+        yield name, tensor
+        stem, _, leaf = name.rpartition(".")
+        is_qkv = stem.endswith(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
+        if options.format == "vllm_stock" and is_qkv and leaf == "weight":
+            yield f"{stem}.bias", tensor.new_zeros(len(tensor))
+
+
+def push(folder: Path, repository: str, private: bool) -> str:
+    """Upload an export to the hub; returns its address. Needs `hf auth login` or HF_TOKEN."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    url = api.create_repo(repository, private=private, exist_ok=True)
+    api.upload_folder(repo_id=repository, folder_path=folder, commit_message="GraftVL export")
+    return str(url)
+
+
+def parse_arguments(arguments: list[str] | None = None) -> ExportOptions:
+    parser = argparse.ArgumentParser(prog="python serve/export.py", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("source", type=Path, help="a run, a checkpoint, or a model directory")
+    parser.add_argument("--out", type=Path, required=True, help="must not exist yet")
+    parser.add_argument(
+        "--format", choices=get_args(Format), default="hf", help="vllm_stock: for vLLM, no plugin"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as the checkpoint has it")
+    parser.add_argument("--max_shard_gb", type=float, default=4.0)
+    for field in fields(Limits):
+        parser.add_argument(f"--{field.name}", type=field.type, help="default: the run's")
+    parser.add_argument("--push", metavar="OWNER/NAME", help="upload to this hub repository")
+    parser.add_argument("--private", action="store_true", help="a repository made by --push")
+    given = vars(parser.parse_args(arguments))
+    names = [field.name for field in fields(Limits)]
+    limits = {name: given.pop(name) for name in names}
+    given["limits"] = {name: value for name, value in limits.items() if value is not None}
+    return ExportOptions(**given)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    try:
+        folder = export(options)
+    except (ConfigError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.format == "vllm_stock":
+        print(f"WARNING: {STOCK_WARNING}", file=sys.stderr)
+    print(f"exported to {folder}")
+    if options.push:
+        print(f"uploaded to {push(folder, options.push, options.private)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""The files beside an export's weights, so that every reader samples, resizes and asks alike.
+
+transformers reads `processor_config.json` alone; vLLM reads how a video is sampled from
+`video_preprocessor_config.json`; older tools read `preprocessor_config.json`. All three are
+written and say the same.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from serve.limits import Limits
+from vlm.checkpoint import CheckpointError, write_json
+from vlm.config import VLMConfig
+from vlm.graft.tokenizer import load_tokenizer
+from vlm.vision import IMAGE_MEAN, IMAGE_STD
+
+Format = Literal["hf", "vllm_stock"]
+HF_CODE = Path(__file__).parents[1] / "vlm" / "hf"
+CODE_FILES = ("configuration_graft_vl.py", "modeling_graft_vl.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_graft_vl.GraftVLConfig",
+    "AutoModel": "modeling_graft_vl.GraftVLModel",
+    "AutoModelForImageTextToText": "modeling_graft_vl.GraftVLForConditionalGeneration",
+}
+GUARD = "DO_NOT_LOAD_WITH_STOCK_TRANSFORMERS.txt"
+STOCK_WARNING = (
+    "This folder is for vLLM alone. It calls itself qwen2_5_vl and carries QK-norm, which vLLM "
+    "honours (text_config.qk_norm) and stock transformers drops without a word: there the model "
+    "would answer nonsense. For transformers export with --format hf."
+)
+# Qwen3's convention: thinking is switched off by an empty thought at the start of the answer.
+NO_THINKING = (
+    "{%- if add_generation_prompt and enable_thinking is defined and enable_thinking is false -%}"
+    "{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif -%}"
+)
+
+
+def processor_files(limits: Limits, config: VLMConfig, format: Format) -> dict[str, dict]:
+    """File name -> JSON object: the image, video and joint processor's settings."""
+    shared = {
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(IMAGE_MEAN),
+        "image_std": list(IMAGE_STD),
+        "rescale_factor": 1 / 255,
+        "resample": 3,
+        "patch_size": config.vision.patch_size,
+        "temporal_patch_size": config.vision.temporal_patch_size,
+        "merge_size": config.vision.spatial_merge_size,
+    }
+    image = shared | {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "size": limits.image_size,
+    }
+    video = shared | {
+        "video_processor_type": "Qwen2VLVideoProcessor",
+        "size": limits.video_size,
+        **limits.sampling,
+        # stock vLLM samples before the processor and would be sampled again
+        "do_sample_frames": format == "hf",
+        "cap_pixels_per_frame": False,
+    }
+    kind = {"processor_class": "Qwen2_5_VLProcessor"}
+    return {
+        "preprocessor_config.json": kind | image,
+        "video_preprocessor_config.json": kind | video,
+        "processor_config.json": kind | {"image_processor": image, "video_processor": video},
+    }
+
+
+def export_config(raw: dict, config: VLMConfig, format: Format) -> dict:
+    """The export's `config.json` from the checkpoint's."""
+    if format == "hf":
+        return raw | {"auto_map": AUTO_MAP}
+    text = config.text
+    if text.num_attention_heads * text.head_dim != text.hidden_size:
+        raise CheckpointError(
+            f"stock vLLM cannot hold this shape: {text.num_attention_heads} heads of "
+            f"{text.head_dim} are not the hidden size {text.hidden_size}; export with --format hf"
+        )
+    return raw | {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "text_config": raw["text_config"] | {"model_type": "qwen2_5_vl_text", "qk_norm": True},
+    }
+
+
+def write_files(folder: Path, limits: Limits, config: VLMConfig, format: Format, card: str) -> None:
+    """Everything but weights, config and tokenizer into an export's folder."""
+    for name, content in processor_files(limits, config, format).items():
+        write_json(folder / name, content)
+    template = folder / "chat_template.jinja"
+    template.write_text(chat_template(folder), encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    if format == "hf":
+        for name in CODE_FILES:
+            shutil.copyfile(HF_CODE / name, folder / name)
+    else:
+        (folder / GUARD).write_text(STOCK_WARNING + "\n", encoding="utf-8")
+
+
+def chat_template(folder: Path) -> str:
+    """The folder's template, with Qwen3's switch for thinking where the tokenizer thinks."""
+    path = folder / "chat_template.jinja"
+    if not path.exists():
+        raise CheckpointError(f"{folder} has no chat_template.jinja; take the one of its graft")
+    template = path.read_text(encoding="utf-8")
+    thinks = load_tokenizer(folder).token_to_id("<think>") is not None
+    if thinks and "enable_thinking" not in template:
+        template = template.rstrip("\n") + NO_THINKING
+    return template

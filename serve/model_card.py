@@ -1,0 +1,169 @@
+"""The model card of an export: what it is, how it was trained, on what, and what it cannot do.
+
+Facts come from files that are there: the graft's report, and for each stage the run's
+`config.yaml`, `log.jsonl` and `trainer.json`. A checkpoint lies in its run's directory, whose
+config names the model that it began with, so the stages can be followed back to the graft.
+"""
+
+import json
+from pathlib import Path
+
+import yaml
+
+from serve.export_files import STOCK_WARNING, Format
+from serve.limits import Limits
+from vlm.config import VLMConfig
+from vlm.cost import parameter_counts
+from vlm.hf_config import read_json
+
+MAX_STAGES = 20
+LOG_LINES_AVERAGED = 5
+
+FRONT_MATTER = """---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags:
+- graftvl
+- vision-language
+---
+"""
+USE = """## Use
+
+```python
+from transformers import pipeline
+
+pipe = pipeline("image-text-to-text", model="{name}", trust_remote_code=True)
+message = {{"role": "user", "content": [
+    {{"type": "image", "url": "cat.jpg"}},
+    {{"type": "text", "text": "What is in this picture?"}}]}}
+print(pipe(text=[message], max_new_tokens=128, return_full_text=False)[0]["generated_text"])
+```
+
+With vLLM, where GraftVL is installed (`pip install graftvl` from its checkout):
+`python serve/launch.py {name}`.
+"""
+STOCK_USE = """## Use
+
+`vllm serve {name}`, without a plugin. {warning}
+"""
+
+
+def training_stages(model_dir: Path) -> list[dict]:
+    """Config, progress and log of each run that led to a checkpoint, the first stage first."""
+    stages: list[dict] = []
+    folder = model_dir.resolve()
+    while (folder.parents[1] / "config.yaml").exists() and len(stages) < MAX_STAGES:
+        run, checkpoint = folder.parents[1], folder.parent
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        progress = read_json(checkpoint / "trainer.json")
+        log = _read_log(run / "log.jsonl", progress["step"])
+        stages.insert(0, {"config": config, "progress": progress, "log": log})
+        folder = Path(config["model"]).resolve()
+    return stages
+
+
+def _read_log(path: Path, last_step: int) -> list[dict]:
+    """The training lines up to a step; a line torn by a crash is left out."""
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if entry.get("event") == "train" and entry["step"] <= last_step:
+            entries.append(entry)
+    return entries
+
+
+def model_card(
+    name: str,
+    source: Path,
+    config: VLMConfig,
+    limits: Limits,
+    format: Format,
+    stages: list[dict],
+) -> str:
+    """README.md with the hub's front matter."""
+    report = source / "graft_report.json"
+    graft = read_json(report) if report.exists() else {}
+    use = (
+        USE.format(name=name)
+        if format == "hf"
+        else STOCK_USE.format(name=name, warning=STOCK_WARNING)
+    )
+    parts = [FRONT_MATTER, f"# {name}\n", _what(config, graft), use]
+    parts += [_training(stages), _limits(config, limits)]
+    return "\n".join(part for part in parts if part)
+
+
+def _what(config: VLMConfig, graft: dict) -> str:
+    counts = parameter_counts(config)
+    text = config.text
+    lines = [
+        "A vision tower and patch merger of the Qwen2.5-VL kind on a Qwen3 language model, put "
+        "together and trained with GraftVL.\n",
+        "| part | |",
+        "|---|---|",
+    ]
+    if graft:
+        for what, donor in (("vision tower", "vision"), ("language model", "llm")):
+            lines.append(f"| {what} from | `{_short(graft['donors'][donor]['path'])}` |")
+    lines += [f"| parameters, {part} | {count:,} |" for part, count in counts.items()]
+    lines += [
+        f"| decoder | {text.num_hidden_layers} layers, hidden size {text.hidden_size}, "
+        f"{text.num_attention_heads} heads of {text.head_dim}, {text.num_key_value_heads} "
+        "key/value heads, QK-norm |",
+        f"| head | {'tied to the embedding' if text.tie_word_embeddings else 'untied'} |",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _training(stages: list[dict]) -> str:
+    if not stages:
+        return (
+            "## Training\n\nNone is on record: this is a graft as it was built, or its run's "
+            "directory was not there when it was exported.\n"
+        )
+    header = "stage | trained | data | samples | steps | global batch | learning rate | loss"
+    lines = ["## Training\n", f"| {header} |", "|" + "---|" * 8]
+    for number, stage in enumerate(stages, start=1):
+        config, progress = stage["config"], stage["progress"]
+        trained = [p for p in ("vit", "aligner", "llm") if not config[f"freeze_{p}"]]
+        last = stage["log"][-LOG_LINES_AVERAGED:]
+        loss = f"{sum(e['loss'] for e in last) / len(last):.4f}" if last else "not logged"
+        data = ", ".join(f"`{Path(path).name}`" for path in config["dataset"])
+        row = (
+            *(number, ", ".join(trained), data, f"{progress['samples']:,}"),
+            *(f"{progress['updates']:,}", progress["global_batch_size"], _rates(config), loss),
+        )
+        lines.append("| " + " | ".join(map(str, row)) + " |")
+    lines.append(
+        f"\nThe loss is the mean of the last {LOG_LINES_AVERAGED} logged steps on training data; "
+        "it is no measure of quality. No benchmark was run by the exporter.\n"
+    )
+    return "\n".join(lines)
+
+
+def _rates(config: dict) -> str:
+    rates = [f"{config['learning_rate']:g}"]
+    rates += [f"{p} {config[f'{p}_lr']:g}" for p in ("vit", "aligner") if config.get(f"{p}_lr")]
+    return ", ".join(rates)
+
+
+def _limits(config: VLMConfig, limits: Limits) -> str:
+    return f"""## Limits
+
+- Images are resized to {limits.min_pixels:,} to {limits.max_pixels:,} pixels, frames of a video to
+  {limits.video_min_pixels:,} to {limits.video_max_pixels:,}, {limits.fps:g} frames a second and at
+  most {limits.fps_max_frames} of them.
+- Positions up to {config.text.max_position_embeddings:,}; what it was trained on is shorter.
+- It may state what is not in the picture, and has whatever biases its donors and data have. It was
+  not trained to refuse.
+- The donors' licences and that of the data apply.
+"""
+
+
+def _short(path: str) -> str:
+    """A donor by the last parts of its path: an owner's folder tells nobody anything."""
+    return Path(path).name

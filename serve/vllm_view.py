@@ -1,0 +1,99 @@
+"""What vLLM sees in a request, and what it answers (`serve/parity.py`).
+
+vLLM runs in this process and is asked as a client asks, by messages with encoded images. What it
+made of them is taken from the request that it hands to its engine.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from serve.limits import Limits, vllm_arguments
+from serve.request import request_messages
+from serve.views import TOP, View
+from serve.vllm_env import is_cpu, prepare_process
+from vlm.data.schema import Sample
+
+MAX_IMAGES, MAX_VIDEOS = 5, 2
+
+
+class VLLM:
+    """An engine in this process; one at a time."""
+
+    def __init__(self, folder: Path, limits: Limits, dtype: torch.dtype, **options) -> None:
+        """
+        Args:
+            options: further arguments of vLLM's `LLM`.
+        """
+        prepare_process()
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        from vllm import LLM
+        from vllm.model_executor.layers.fusion.mm_input_norm import build_mm_input_norm
+
+        self.llm = LLM(
+            str(folder),
+            dtype=str(dtype).removeprefix("torch."),
+            enforce_eager=is_cpu(),
+            mm_processor_cache_gb=0,  # what is cached would not be handed over again
+            **vllm_arguments(limits, MAX_IMAGES, MAX_VIDEOS),
+            **options,
+        )
+        # the model's first layer: the processor leaves normalising to the device
+        self.normalise = build_mm_input_norm(self.llm.llm_engine.model_config)
+        self.requests: list = []
+        processor = self.llm.llm_engine.input_processor
+        process = processor.process_inputs
+
+        def remember(*args, **kwargs):
+            self.requests.append(process(*args, **kwargs))
+            return self.requests[-1]
+
+        processor.process_inputs = remember
+
+    def views(self, samples: Sequence[Sample], new: int) -> list[View]:
+        """All requests at once, `new` tokens each."""
+        from vllm import SamplingParams
+
+        self.requests.clear()
+        sampling = SamplingParams(temperature=0, max_tokens=new, logprobs=TOP, ignore_eos=True)
+        conversations = [request_messages(sample) for sample in samples]
+        outputs = self.llm.chat(conversations, sampling, use_tqdm=False)
+        return [self._view(*pair) for pair in zip(self.requests, outputs, strict=True)]
+
+    def _view(self, request, output) -> View:
+        features = sorted(request.mm_features or (), key=lambda feature: feature.mm_position.offset)
+        grids, pixels = [], []
+        for feature in features:
+            suffix = {"image": "", "video": "_videos"}[feature.modality]
+            grid = feature.data[f"{feature.modality}_grid_thw"].data
+            grids.append(tuple(grid.tolist()))
+            pixels.append(self.normalise(feature.data[f"pixel_values{suffix}"].data))
+        model = _PositionsOf(self.llm.llm_engine.model_config.hf_config)
+        answer = output.outputs[0]
+        return View(
+            ids=list(request.prompt_token_ids),
+            grids=grids,
+            pixels=pixels,
+            positions=model.get(request.prompt_token_ids, features),
+            logprobs={token: entry.logprob for token, entry in answer.logprobs[0].items()},
+            tokens=list(answer.token_ids),
+        )
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+
+
+class _PositionsOf:
+    """vLLM's own M-RoPE positions, from the model's class without its weights."""
+
+    def __init__(self, config) -> None:
+        from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration as kind
+
+        self.config = config
+        self.get_positions = kind.get_mrope_input_positions
+        self.iter_mm_grid_thw = lambda features: kind.iter_mm_grid_thw(self, features)
+
+    def get(self, ids: list[int], features: list) -> torch.Tensor:
+        return self.get_positions(self, ids, features)[0]

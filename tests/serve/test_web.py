@@ -1,0 +1,153 @@
+"""The page: its functions as they are, and all of it in a real browser."""
+
+import base64
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import gradio as gr
+import pytest
+from playwright.sync_api import sync_playwright
+
+from serve.endpoint import Endpoint
+from serve.web import EMPTY, responder
+from tests.serve.fake_endpoint import serving
+
+ROOT = Path(__file__).parents[2]
+PICTURE = ROOT / "tests/golden/images/sq56.png"
+SETTINGS = ("", "auto", 0.0, 64)
+
+
+def ask(respond, text, conversation=EMPTY, files=(), settings=SETTINGS):
+    return list(respond({"text": text, "files": list(files)}, conversation, *settings))
+
+
+def test_an_answer_grows_and_the_next_question_carries_the_conversation():
+    with serving() as server:
+        respond = responder(Endpoint(server.url))
+        steps = ask(respond, "say one two", files=[str(PICTURE)])
+        texts = ["".join(shown[1]["content"]) for shown, _, _ in steps if len(shown) > 1]
+        assert "one" in texts and texts[-1] == "one two"
+        shown, conversation, box = steps[-1]
+        assert shown[0]["content"] == [{"path": str(PICTURE)}, "say one two"] and box is None
+        ask(respond, "and?", conversation, settings=("Be brief.", "off", 0.5, 8))
+        request = server.requests[-1]
+    assert [m["role"] for m in request["messages"]] == ["system", "user", "assistant", "user"]
+    assert request["messages"][0]["content"] == "Be brief."
+    assert request["messages"][1]["content"][0]["type"] == "image_url"
+    assert request["messages"][2]["content"] == "one two"
+    assert (request["temperature"], request["max_tokens"]) == (0.5, 8)
+    assert request["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize(
+    ("text", "files", "reason"),
+    [
+        ("fail 400", [], "refuses it: 400: as asked for"),
+        ("break", [], "broke off"),
+        ("what?", ["/nowhere/a.png"], "/nowhere/a.png does not exist"),
+        (" ", [], "empty"),
+    ],
+)
+def test_a_failure_is_told_and_gives_the_message_back(text, files, reason):
+    with serving() as server:
+        message = {"text": text, "files": files}
+        steps = responder(Endpoint(server.url))(message, EMPTY, *SETTINGS)
+        last = None
+        with pytest.raises(gr.Error, match=re.escape(reason)):
+            for step in steps:
+                last = step
+    assert last == ([], EMPTY, message)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def process(arguments, ready, **options):
+    """A process whose output has said `ready`; ended by SIGTERM."""
+    child = subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+    try:
+        said = ""
+        while ready not in said:
+            line = child.stdout.readline()
+            assert line, f"{arguments} ended: {said}"
+            said += line
+        yield said.strip()
+    finally:
+        child.send_signal(signal.SIGTERM)
+        child.wait(30)
+        child.stdout.close()
+
+
+@pytest.fixture
+def browser():
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
+    assert chromium, "install chromium, or name it by CHROMIUM"
+    with sync_playwright() as driver:
+        chrome = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield chrome
+        chrome.close()
+
+
+@contextmanager
+def opened(browser, url, tmp_path):
+    """The page of a server at `url`, in the browser; nothing but it may be asked for anything."""
+    port = free_port()
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    with process(["serve/web.py", url, "--port", port], "Running on", env=environment):
+        page = browser.new_page()
+        asked = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"http://127.0.0.1:{port}")
+        yield page
+        page.close()
+    own = (f"http://127.0.0.1:{port}/", "data:", "blob:")
+    assert asked and not [other for other in asked if not other.startswith(own)]
+    assert not list(tmp_path.glob("graftvl-web-*"))  # no upload is left behind
+
+
+@pytest.mark.browser
+def test_an_image_and_a_question_are_answered_on_the_page(browser, tmp_path):
+    with process(
+        ["tests/serve/fake_endpoint.py"], "http", env=os.environ | {"PYTHONPATH": "."}
+    ) as url:
+        with opened(browser, url, tmp_path) as page:
+            page.set_input_files("input[type=file]", PICTURE)
+            page.wait_for_selector(".thumbnail-item")
+            page.fill("textarea", "say a red square")
+            page.press("textarea", "Enter")
+            page.get_by_test_id("bot").get_by_text("a red square").wait_for()
+            page.get_by_test_id("user").locator("img").wait_for()
+        with urllib.request.urlopen(f"{url}/requests") as answer:
+            (request,) = json.load(answer)
+    image, text = request["messages"][-1]["content"]
+    sent = base64.b64decode(image["image_url"]["url"].partition(",")[2])
+    assert sent == PICTURE.read_bytes() and text["text"] == "say a red square"
+
+
+@pytest.mark.browser
+def test_an_endpoint_that_is_down_is_told_on_the_page(browser, tmp_path):
+    with opened(browser, f"http://127.0.0.1:{free_port()}", tmp_path) as page:
+        page.fill("textarea", "hello?")
+        page.press("textarea", "Enter")
+        page.get_by_text("cannot be reached").wait_for()
+        assert page.input_value("textarea") == "hello?"

@@ -1,0 +1,130 @@
+"""A sample's images and videos: their grids from headers alone, and their patches.
+
+Nothing here depends on text; `vlm/data/image.py` and `vlm/data/video.py` read the files.
+"""
+
+import re
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from vlm.config import VisionConfig
+from vlm.data.image import (
+    BadImage,
+    describe,
+    header_size,
+    load_image,
+    patchify,
+    resize,
+    smart_resize,
+)
+from vlm.data.schema import IMAGE_TAG, VIDEO_TAG, BadSample, Media, Sample, Video
+from vlm.data.video import (
+    BadVideo,
+    VideoInfo,
+    load_frames,
+    sample_indices,
+    seconds_per_grid,
+    video_info,
+)
+
+TAGS = re.compile(f"{IMAGE_TAG}|{VIDEO_TAG}")
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Medium:
+    """An image or a video, and what the model will see of it."""
+
+    source: Video
+    grid: Grid
+    """(time, height, width) in patches."""
+    info: VideoInfo | None = None
+    """A video's header; None for an image, which has no time."""
+    frames: tuple[int, ...] = ()
+    """Numbers of a video's sampled frames."""
+    seconds: float | None = None
+    """Seconds from one temporal patch of a video to the next."""
+
+
+@dataclass(frozen=True)
+class MediaReader:
+    """Reads media within limits."""
+
+    vision: VisionConfig
+    image_pixels: tuple[int, int]
+    """Least and most pixels of an image."""
+    video_pixels: tuple[int, int]
+    """Least and most pixels of a frame."""
+    fps: float
+    """Frames sampled per second of video."""
+    frames: tuple[int, int]
+    """Least and most frames sampled of a video."""
+
+    def measure(self, sample: Sample) -> list[Medium]:
+        """Images and videos in order of appearance, from headers; BadSample names a bad one."""
+        images, videos = iter(sample.images), iter(sample.videos)
+        tags = [tag for message in sample.messages for tag in TAGS.findall(message.content)]
+        try:
+            return [
+                self._image(next(images)) if tag == IMAGE_TAG else self._video(next(videos))
+                for tag in tags
+            ]
+        except (BadImage, BadVideo) as error:
+            raise BadSample(sample.id, str(error)) from None
+
+    def read(self, sample: Sample) -> tuple[list[Medium], Tensor]:
+        """The media, decoded: patches (P, patch_dim) uint8 of all in order of appearance.
+
+        The media are those of `measure`, but for videos with frames that cannot be decoded: they
+        are shorter.
+        """
+        media, patches = [], [torch.zeros(0, self.vision.patch_dim, dtype=torch.uint8)]
+        for medium in self.measure(sample):
+            try:
+                medium, pixels = self._decode(medium)
+            except (BadImage, BadVideo) as error:
+                raise BadSample(sample.id, str(error)) from None
+            media.append(medium)
+            patches.append(patchify(pixels, self.vision))
+        return media, torch.cat(patches)
+
+    def _image(self, source: Media) -> Medium:
+        size = self._target_size(*header_size(source), self.image_pixels)
+        return Medium(source, self._grid(1, *size))
+
+    def _video(self, source: Video) -> Medium:
+        info = video_info(source, self.fps)
+        if isinstance(source, tuple) and len(source) <= self.frames[1]:
+            frames = range(len(source))  # sampled already
+        else:
+            frames = sample_indices(info, self.fps, *self.frames, self.vision.temporal_patch_size)
+        size = self._target_size(info.height, info.width, self.video_pixels)
+        medium = Medium(source, self._grid(len(frames), *size), info, tuple(frames))
+        return replace(medium, seconds=self._seconds(medium, len(frames)))
+
+    def _decode(self, medium: Medium) -> tuple[Medium, Tensor]:
+        """The medium as its file really holds it, and pixels: (h, w, 3) or (frames, h, w, 3)."""
+        side = self.vision.patch_size
+        size = (medium.grid[1] * side, medium.grid[2] * side)
+        if medium.info is None:
+            pixels = load_image(medium.source)
+            if self._target_size(*pixels.shape[:2], self.image_pixels) != size:
+                raise BadImage(f"{describe(medium.source)} has a header that lies of its size")
+            return medium, resize(pixels, *size)
+        pixels = load_frames(medium.source, medium.frames, *size)
+        count = len(pixels)
+        seconds = self._seconds(medium, count)
+        return replace(medium, grid=self._grid(count, *size), seconds=seconds), pixels
+
+    def _seconds(self, medium: Medium, frames: int) -> float:
+        return seconds_per_grid(frames, medium.info, self.vision.temporal_patch_size)
+
+    def _grid(self, frames: int, height: int, width: int) -> Grid:
+        side, depth = self.vision.patch_size, self.vision.temporal_patch_size
+        return -(-frames // depth), height // side, width // side
+
+    def _target_size(self, height: int, width: int, pixels: tuple[int, int]) -> tuple[int, int]:
+        factor = self.vision.patch_size * self.vision.spatial_merge_size
+        return smart_resize(height, width, *pixels, factor)

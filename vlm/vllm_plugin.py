@@ -1,0 +1,13 @@
+"""vLLM's entry point (`vllm.general_plugins`): every vLLM process calls `register` as it starts."""
+
+ARCHITECTURE = "GraftVLForConditionalGeneration"
+
+
+def register() -> None:
+    """Teach vLLM the hybrid's config and, by name only, its model (`vlm/vllm_model.py`)."""
+    from vllm import ModelRegistry
+
+    import vlm.hf  # noqa: F401 - teaches transformers' AutoConfig, which vLLM reads with
+
+    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(ARCHITECTURE, f"vlm.vllm_model:{ARCHITECTURE}")
