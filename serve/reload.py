@@ -14,7 +14,6 @@ from torch import Tensor
 
 from serve.export_files import Format
 from serve.limits import Limits
-from serve.vllm_env import prepare_process
 from serve.witness import hf_logits, our_logits
 from vlm.checkpoint import CheckpointError, load_model
 from vlm.config import VLMConfig
@@ -30,7 +29,6 @@ def check_reload(source: Path, exported: Path, limits: Limits, format: Format) -
 
     One model at a time is in memory, in the export's dtype, on a GPU where there is one.
     """
-    prepare_process()
     bounds = {"min_pixels": limits.min_pixels, "max_pixels": limits.max_pixels}
     processor = Processor.from_pretrained(source, **bounds)
     samples = (text_sample(), image_sample())

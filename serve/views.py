@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from serve.request import request_messages
-from serve.vllm_env import is_cpu, prepare_process
+from serve.vllm_env import is_cpu
 from serve.witness import media_kinds, our_logits
 from vlm.checkpoint import CheckpointError, load_model
 from vlm.config import VLMConfig
@@ -81,7 +81,6 @@ def transformers_views(
     Images are those that our loader makes, since transformers drops EXIF and transparency. Videos
     are given whole, so that the exported processor samples them.
     """
-    prepare_process()
     from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
     from transformers.image_processing_backends import TorchvisionBackend
 

@@ -6,14 +6,16 @@ made of them is taken from the request that it hands to its engine.
 
 import os
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from serve.limits import Limits, vllm_arguments
 from serve.request import request_messages
-from serve.views import TOP, View
-from serve.vllm_env import is_cpu, prepare_process
+from serve.views import TOP, View, device
+from serve.vllm_env import is_cpu, vllm_environment
 from vlm.data.schema import Sample
 
 MAX_IMAGES, MAX_VIDEOS = 5, 2
@@ -27,10 +29,9 @@ class VLLM:
         Args:
             options: further arguments of vLLM's `LLM`.
         """
-        prepare_process()
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ |= vllm_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM
-        from vllm.model_executor.layers.fusion.mm_input_norm import build_mm_input_norm
 
         self.llm = LLM(
             str(folder),
@@ -40,8 +41,7 @@ class VLLM:
             **vllm_arguments(limits, MAX_IMAGES, MAX_VIDEOS),
             **options,
         )
-        # the model's first layer: the processor leaves normalising to the device
-        self.normalise = build_mm_input_norm(self.llm.llm_engine.model_config)
+        [self.input_norm] = self.llm.apply_model(attrgetter("visual.input_norm"))
         self.requests: list = []
         processor = self.llm.llm_engine.input_processor
         process = processor.process_inputs
@@ -69,7 +69,7 @@ class VLLM:
             suffix = {"image": "", "video": "_videos"}[feature.modality]
             grid = feature.data[f"{feature.modality}_grid_thw"].data
             grids.append(tuple(grid.tolist()))
-            pixels.append(self.normalise(feature.data[f"pixel_values{suffix}"].data))
+            pixels.append(self._normalised(feature.data[f"pixel_values{suffix}"].data))
         model = _PositionsOf(self.llm.llm_engine.model_config.hf_config)
         answer = output.outputs[0]
         return View(
@@ -80,6 +80,10 @@ class VLLM:
             logprobs={token: entry.logprob for token, entry in answer.logprobs[0].items()},
             tokens=list(answer.token_ids),
         )
+
+    def _normalised(self, levels: Tensor) -> Tensor:
+        """What the processor leaves to the model's first layer."""
+        return self.input_norm(levels.to(device()), torch.float32).cpu()
 
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
@@ -95,5 +99,5 @@ class _PositionsOf:
         self.get_positions = kind.get_mrope_input_positions
         self.iter_mm_grid_thw = lambda features: kind.iter_mm_grid_thw(self, features)
 
-    def get(self, ids: list[int], features: list) -> torch.Tensor:
+    def get(self, ids: list[int], features: list) -> Tensor:
         return self.get_positions(self, ids, features)[0]

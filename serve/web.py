@@ -7,12 +7,13 @@ and uploads are deleted when the server ends. The page shows a `Sample`, which i
 """
 
 import argparse
+import asyncio
 import mimetypes
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,37 +37,38 @@ THINKING = {"auto": None, "on": True, "off": False}
 EMPTY = Sample("page", ())
 
 
-def responder(endpoint: Endpoint) -> Callable[..., Iterator[tuple]]:
+def responder(endpoint: Endpoint) -> Callable[..., AsyncIterator[tuple]]:
     """What the page does with a message."""
 
-    def respond(
+    async def respond(
         message: dict,
         conversation: Sample,
         system: str,
         thinking: str,
         temperature: float,
         max_new_tokens: int,
-    ) -> Iterator[tuple[list, Sample, dict | None]]:
-        """(shown messages, conversation, what is in the text box) as the answer grows.
+    ) -> AsyncIterator[tuple[list, Sample, dict | None, str]]:
+        """(shown, conversation, text box, notice) as the answer grows.
 
-        Raises:
-            gr.Error: shown on the page; the message is then back in the text box.
+        Where there is no answer, the notice says why, and the message is back in the text box.
         """
+        notice = ""
         try:
             asked = add_message(conversation, message)
-            yield display(asked), conversation, None
+            yield display(asked), conversation, None, notice
             with_system = (Message("system", system), *asked.messages) if system else asked.messages
             sampling = Sampling(int(max_new_tokens), temperature, thinking=THINKING[thinking])
-            for answer in endpoint.stream(replace(asked, messages=with_system), sampling):
+            stream = endpoint.stream(replace(asked, messages=with_system), sampling)
+            # in a thread, so that Stop need not wait for a silent server
+            while answer := await asyncio.to_thread(next, stream, None):
                 answered = replace(asked, messages=(*asked.messages, reply(answer.text)))
-                yield display(answered), conversation, None
-            if answer.finish == "length":
-                gr.Info("The answer was cut off at max_new_tokens.")
-            yield display(answered), answered, None
-        except (EndpointError, UsageError, BadSample) as error:
-            yield display(conversation), conversation, message
-            reason = error.reason if isinstance(error, BadSample) else str(error)
-            raise gr.Error(reason, duration=None, print_exception=False) from None
+                notice = "The answer was cut off at max_new_tokens." * (answer.finish == "length")
+                yield display(answered), conversation, None, notice
+            yield display(answered), answered, None, notice
+        except (EndpointError, UsageError) as error:
+            yield display(conversation), conversation, message, f"**Error:** {error}"
+        except BadSample as error:
+            yield display(conversation), conversation, message, f"**Error:** {error.reason}"
 
     return respond
 
@@ -108,6 +110,7 @@ def build_page(endpoint: Endpoint) -> gr.Blocks:
         chatbot = gr.Chatbot(
             show_label=False, scale=1, reasoning_tags=[(THINK, THINK_END)], buttons=["copy"]
         )
+        notice = gr.Markdown()
         box = gr.MultimodalTextbox(
             file_count="multiple",
             file_types=["image", "video"],
@@ -127,15 +130,15 @@ def build_page(endpoint: Endpoint) -> gr.Blocks:
         answering = box.submit(
             responder(endpoint),
             [box, conversation, *settings],
-            [chatbot, conversation, box],
+            [chatbot, conversation, box, notice],
             concurrency_limit=16,
             api_visibility="private",
         )
         stop.click(display, conversation, chatbot, cancels=answering, api_visibility="private")
-        reset.click(
-            lambda: ([], EMPTY),
-            None,
-            [chatbot, conversation],
+        gr.on(
+            [reset.click, chatbot.clear],
+            lambda: ([], EMPTY, ""),
+            outputs=[chatbot, conversation, notice],
             cancels=answering,
             api_visibility="private",
         )
@@ -152,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model_name", help="default: the one that the server has")
     options = parser.parse_args(arguments)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder below is deleted
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is deleted
     with tempfile.TemporaryDirectory(prefix="graftvl-web-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
         try:
@@ -162,13 +165,18 @@ def main(arguments: list[str] | None = None) -> int:
                 server_port=options.port,
                 share=False,
                 footer_links=[],
+                css='button[aria-label="Share"] { display: none }',  # it would upload to a hub
                 ssr_mode=False,
             )
         except (UsageError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # at once, even if a thread waits for a silent server

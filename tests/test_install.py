@@ -40,7 +40,15 @@ class Project:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name in ("requirements.txt", "setup.py", "pyproject.toml", "tools/install.sh"):
+        for name in (
+            "requirements.txt",
+            "requirements-cpu.txt",
+            "requirements-gpu.txt",
+            "setup.py",
+            "pyproject.toml",
+            "tools/install.sh",
+            "serve/cpu_shims/install.py",
+        ):
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
         self.add_command("python3", STUB)
@@ -57,7 +65,8 @@ class Project:
         path = f"{self.folder / 'commands'}{os.pathsep}{os.environ['PATH']}"
         environment = {"PATH": path, "REFUSED": "", "CUDA": "None", **variables}
         return subprocess.run(
-            ["bash", "tools/install.sh"],
+            ["bash", "tools/install.sh",
+            "serve/cpu_shims/install.py"],
             cwd=self.folder,
             env=environment,
             capture_output=True,

@@ -10,7 +10,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly INPUTS=(requirements.txt setup.py pyproject.toml tools/install.sh)
+readonly INPUTS=(
+    requirements.txt requirements-cpu.txt requirements-gpu.txt setup.py pyproject.toml
+    tools/install.sh serve/cpu_shims/install.py
+)
 readonly STAMP=.venv/installed
 readonly REMEMBERED_INDEX=.venv/torch-index
 readonly CPU_INDEX=https://download.pytorch.org/whl/cpu
@@ -123,12 +126,15 @@ say "making .venv with $("$python" --version 2>&1) ($(command -v "$python")); ta
 pip_install "$setuptools" ||
     stop "$setuptools could not be downloaded (pip's reason is above); check the network."
 install_torch
-say "installing the other packages of requirements.txt"
+vllm_requirements=requirements-gpu.txt
+if [ "$device" = cpu ]; then vllm_requirements=requirements-cpu.txt; fi
+say "installing the other packages of requirements.txt and $vllm_requirements"
 # DeepSpeed comes as source and looks at the installed torch while it builds; its compiled
 # operations are not used, so none is built.
-DS_BUILD_OPS=0 pip_install --no-build-isolation -r requirements.txt ||
-    stop "the packages of requirements.txt could not be installed (pip's reason is above);" \
-        "check the network and run this again."
+DS_BUILD_OPS=0 pip_install --no-build-isolation -r requirements.txt -r "$vllm_requirements" ||
+    stop "the packages of requirements.txt and $vllm_requirements could not be installed (pip's" \
+        "reason is above); check the network and run this again."
+if [ "$device" = cpu ]; then .venv/bin/python serve/cpu_shims/install.py; fi
 pip_install --no-deps --no-build-isolation --editable . ||
     stop "graftvl itself could not be installed (pip's reason is above)."
 check_torch

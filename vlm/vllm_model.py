@@ -7,7 +7,9 @@ vLLM's Qwen2.5-VL hard-codes a Qwen2 decoder, and its Qwen3 takes up M-RoPE by i
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
+from transformers import BatchFeature
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.fusion.mm_input_norm import build_mm_input_norm
 from vllm.model_executor.models.qwen2_5_vl import (
@@ -19,22 +21,27 @@ from vllm.model_executor.models.qwen2_5_vl import (
 )
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.parse import MultiModalDataItems
-from vllm.multimodal.processing.processor import HFMultiModalInputs
 
 
 class GraftVLMultiModalProcessor(Qwen2_5_VLMultiModalProcessor):
-    """vLLM samples a video's frames as it decodes them, so that the exported processor, which
-    samples for users of transformers, must not do it again."""
+    """vLLM's processor, but for two things about videos.
 
-    def _get_hf_mm_inputs(
-        self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]
-    ) -> HFMultiModalInputs:
-        inputs = super()._get_hf_mm_inputs(mm_items, hf_kwargs)
-        if not inputs.hf_data.get("videos"):
-            return inputs
-        videos = dict(inputs.hf_kwargs.get("videos_kwargs") or {}) | {"do_sample_frames": False}
-        return inputs._replace(hf_kwargs={**inputs.hf_kwargs, "videos_kwargs": videos})
+    vLLM samples frames as it decodes them, so that the exported processor, which samples for users
+    of transformers, must not do it again. And vLLM casts all that a processor returns to the
+    model's dtype: rounded to bfloat16, the seconds between frames would move the time axis.
+    """
+
+    def _call_hf_processor(
+        self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]
+    ) -> BatchFeature:
+        if not hf_data.get("videos"):
+            return super()._call_hf_processor(hf_data, hf_kwargs)
+        videos = {**(hf_kwargs.get("videos_kwargs") or {}), "do_sample_frames": False}
+        output = super()._call_hf_processor(hf_data, {**hf_kwargs, "videos_kwargs": videos})
+        patch = self.info.get_hf_config().vision_config.temporal_patch_size
+        seconds = [patch / metadata.sampled_fps for metadata in hf_data["video_metadata"]]
+        output["second_per_grid_ts"] = torch.tensor(seconds)
+        return output
 
 
 @MULTIMODAL_REGISTRY.register_processor(

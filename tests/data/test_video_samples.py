@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.data.samples import processor, row, write_image, write_jsonl
 from tests.data.videos import write_clips, write_video
@@ -176,6 +177,20 @@ def test_a_video_with_no_frame_to_decode_is_found_at_decoding(clips, tmp_path):
     assert processor().measure(sample).grid_thw == ((1, 8, 8),)
     with pytest.raises(BadSample, match=r"data\.jsonl:1: .*hollow\.avi is damaged: not one frame"):
         processor().encode(sample)
+
+
+def test_a_frame_whose_header_lies_is_found_at_decoding(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn, which is told behind the pixels
+    Image.new("RGB", (56, 84)).save(tmp_path / "a.png", exif=exif)
+    content = (tmp_path / "a.png").read_bytes()
+    start = content.index(b"eXIf") - 4
+    stop = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    moved = content[:start] + content[stop:-12] + content[start:stop] + content[-12:]
+    (tmp_path / "a.png").write_bytes(moved)
+    for sample in (row("<video>", videos=[["a.png", "a.png"]]), row("<image>", images=["a.png"])):
+        with pytest.raises(BadSample, match=r"a\.png has a header that lies of its size"):
+            processor().encode(parse_row(sample, "data.jsonl:1", tmp_path))
 
 
 @pytest.mark.parametrize(

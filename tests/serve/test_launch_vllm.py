@@ -41,7 +41,7 @@ class Server:
     def __init__(self, model: Path, output: Path, *options: object, **variables: str) -> None:
         self.port = free_port()
         self.launcher = Launcher(output, model, "--port", self.port, *options, **variables)
-        self.session = 0
+        self.session, self.headers = 0, {"Content-Type": "application/json"}
 
     def wait(self) -> "Server":
         self.launcher.until("serving Qwen3-VL", TO_START)
@@ -55,7 +55,7 @@ class Server:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/v1/chat/completions",
             json.dumps(body | {"max_tokens": 1} | sampling).encode(),
-            {"Content-Type": "application/json"},
+            self.headers,
         )
         try:
             with urllib.request.urlopen(request, timeout=TO_START) as answer:
@@ -142,10 +142,7 @@ def test_limits_of_the_environment_and_of_flags(model, tmp_path):
     server = Server(model, tmp_path / "out", *options, MAX_PIXELS="200704").wait()
     try:
         assert server.ask()[0] == 401
-        os.environ["no_proxy"] = "*"
-        opener = urllib.request.build_opener()
-        opener.addheaders = [("Authorization", "Bearer k")]
-        urllib.request.install_opener(opener)
+        server.headers["Authorization"] = "Bearer k"
         assert server.tokens(image(1400, 1400)) == 16 * 16
         assert server.tokens(video(60, 448, 448, tmp_path)) == 2 * 8 * 8
         assert server.ask(image(56, 56), image(56, 56))[0] == 400

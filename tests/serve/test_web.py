@@ -1,9 +1,9 @@
 """The page: its functions as they are, and all of it in a real browser."""
 
+import asyncio
 import base64
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -13,7 +13,6 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
-import gradio as gr
 import pytest
 from playwright.sync_api import sync_playwright
 
@@ -26,18 +25,28 @@ PICTURE = ROOT / "tests/golden/images/sq56.png"
 SETTINGS = ("", "auto", 0.0, 64)
 
 
-def ask(respond, text, conversation=EMPTY, files=(), settings=SETTINGS):
-    return list(respond({"text": text, "files": list(files)}, conversation, *settings))
+def ask(respond, text, conversation=EMPTY, files=None, settings=SETTINGS):
+    """All that the page is given."""
+
+    async def collect():
+        message = {"text": text, "files": files or []}
+        return [step async for step in respond(message, conversation, *settings)]
+
+    return asyncio.run(collect())
 
 
 def test_an_answer_grows_and_the_next_question_carries_the_conversation():
     with serving() as server:
         respond = responder(Endpoint(server.url))
         steps = ask(respond, "say one two", files=[str(PICTURE)])
-        texts = ["".join(shown[1]["content"]) for shown, _, _ in steps if len(shown) > 1]
+        texts = ["".join(shown[1]["content"]) for shown, *_ in steps if len(shown) > 1]
         assert "one" in texts and texts[-1] == "one two"
-        shown, conversation, box = steps[-1]
-        assert shown[0]["content"] == [{"path": str(PICTURE)}, "say one two"] and box is None
+        shown, conversation, box, notice = steps[-1]
+        assert (
+            shown[0]["content"] == [{"path": str(PICTURE)}, "say one two"]
+            and not box
+            and not notice
+        )
         ask(respond, "and?", conversation, settings=("Be brief.", "off", 0.5, 8))
         request = server.requests[-1]
     assert [m["role"] for m in request["messages"]] == ["system", "user", "assistant", "user"]
@@ -59,13 +68,9 @@ def test_an_answer_grows_and_the_next_question_carries_the_conversation():
 )
 def test_a_failure_is_told_and_gives_the_message_back(text, files, reason):
     with serving() as server:
-        message = {"text": text, "files": files}
-        steps = responder(Endpoint(server.url))(message, EMPTY, *SETTINGS)
-        last = None
-        with pytest.raises(gr.Error, match=re.escape(reason)):
-            for step in steps:
-                last = step
-    assert last == ([], EMPTY, message)
+        steps = ask(responder(Endpoint(server.url)), text, files=files)
+    *rest, notice = steps[-1]
+    assert reason in notice and rest == [[], EMPTY, {"text": text, "files": files}]
 
 
 def free_port() -> int:

@@ -13,8 +13,8 @@ from vlm.vision import plan_vision
 def collate(examples: Sequence[Example], config: VLMConfig) -> Batch:
     """Pack examples one after the other: no padding, no batch axis.
 
-    A micro-batch without an image gets a blank dummy, and one without any sample a single
-    token and no target: every rank must run both towers in every micro-batch.
+    A micro-batch without an image or video gets a blank dummy, and one without any sample a
+    single token and no target: every rank must run both towers in every micro-batch.
     """
     names = tuple(example.id for example in examples)
     if not examples:

@@ -1,7 +1,7 @@
 """The index: where every sample lies and what it will take, without decoding a pixel.
 
 About 40 bytes a sample, so a million fit easily. Bad samples are found here as far as text
-and image headers show them, and are left out.
+and the headers of images and videos show them, and are left out.
 """
 
 from collections import deque

@@ -79,7 +79,7 @@ def load_frames(source: Video, indices: Sequence[int], height: int, width: int) 
     `len(indices)`. BadVideo where none is left.
     """
     if isinstance(source, tuple):
-        loaded = (load_image(source[index]) for index in indices)
+        loaded = (_load_frame(source[index]) for index in indices)
     else:
         loaded = _decode(source, indices)
     frames = [resize(frame, height, width) for frame in loaded]
@@ -114,6 +114,13 @@ def _list_info(frames: tuple[Media, ...], fps: float) -> VideoInfo:
                 f"{describe(frame)} is {w} x {h}, the frames before it {width} x {height}"
             )
     return VideoInfo(len(frames), fps, *sizes[0])
+
+
+def _load_frame(frame: Media) -> Tensor:
+    pixels = load_image(frame)
+    if tuple(pixels.shape[:2]) != header_size(frame):
+        raise BadVideo(f"{describe(frame)} has a header that lies of its size")
+    return pixels
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Lets a torchvision that was built for CUDA be imported beside a CPU torch (README.md here).
 
-Python imports this module as it starts. It must stay cheap: torch is imported only once somebody
-asks for torchvision.
+Every Python process of the environment imports this module as it starts, so it must stay cheap:
+torch is imported only once somebody asks for torchvision.
 """
 
 import importlib.abc
