@@ -152,8 +152,8 @@ def run(options: argparse.Namespace) -> int:
     chat.images, chat.videos = list(options.image), list(options.video)
     if options.prompt is None:
         converse(chat, Printer(sys.stdout))
-    else:
-        chat.ask(options.prompt, Printer(sys.stdout))
+    elif chat.ask(options.prompt, Printer(sys.stdout)).finish == "length":
+        print("(cut off at max_new_tokens)", file=sys.stderr)
     return 0
 
 

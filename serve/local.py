@@ -16,7 +16,6 @@ from serve.conversation import (
     without_thoughts,
 )
 from vlm.checkpoint import load_model
-from vlm.data.chat import render_prompt
 from vlm.data.collate import collate
 from vlm.data.processor import Example, Processor
 from vlm.data.schema import BadSample, Message, Sample, check_sample
@@ -67,8 +66,7 @@ class Local:
         """What the model reads before its answer; BadSample if that cannot be made."""
         conversation = without_thoughts(check_sample(conversation))
         prefix = NO_THOUGHT if thinking is False else ""
-        spans = render_prompt(conversation, self.processor.default_system, prefix)
-        return self.processor._example(conversation, spans)
+        return self.processor.prompt(conversation, prefix)
 
     def ask(
         self, conversation: Sample, sampling: Sampling, show: Callable[[str], object]

@@ -49,8 +49,8 @@ class Printer:
         sizes = range(len(self._tag) - 1, 0, -1) if self.styled else ()
         begun = next((size for size in sizes if self.held.endswith(self._tag[:size])), 0)
         end = len(self.held) - begun  # wait for the rest of what may become a tag
-        self.out.write(self.held[:end])
-        self.held = self.held[end:]
+        ready, self.held = self.held[:end], self.held[end:]  # first: Ctrl-C may come any time
+        self.out.write(ready)
         self.out.flush()
 
     def end(self) -> None:

@@ -26,6 +26,7 @@ from serve.conversation import (
     Sampling,
     UsageError,
     check_image,
+    check_video,
     question,
     reply,
 )
@@ -78,6 +79,7 @@ def add_message(conversation: Sample, message: dict) -> Sample:
     images, videos = [], []
     for path in map(Path, message["files"]):
         if (mimetypes.guess_type(path.name)[0] or "").startswith("video/"):
+            check_video(path)
             videos.append(path)
         else:
             check_image(path)

@@ -65,8 +65,7 @@ class Project:
         path = f"{self.folder / 'commands'}{os.pathsep}{os.environ['PATH']}"
         environment = {"PATH": path, "REFUSED": "", "CUDA": "None", **variables}
         return subprocess.run(
-            ["bash", "tools/install.sh",
-            "serve/cpu_shims/install.py"],
+            ["bash", "tools/install.sh", "serve/cpu_shims/install.py"],
             cwd=self.folder,
             env=environment,
             capture_output=True,

@@ -60,8 +60,22 @@ def table(values: dict) -> str:
             f"language donor by {values['text_proof_max_abs_delta']:g} (our decoder, plain rope) "
             f"and {values['text_proof_vs_transformers']:.1e} of the largest logit (transformers).",
             "",
+            served_line(values["served"], values["parity"]),
+            "",
             f"Seconds: {seconds}.",
         ]
+    )
+
+
+def served_line(served: dict, parity: list[dict]) -> str:
+    """What vLLM and transformers made of the exported model."""
+    agree = sum(row["passed"] for row in parity)
+    furthest = max(row["logprobs"] for row in parity)
+    return (
+        f"Served by vLLM: {served['served_equals_local']} of {served['questions']} answers equal our "
+        f"own generation's. Requests through our model, transformers and vLLM: {agree} of "
+        f"{len(parity)} comparisons agree (ids, grids, pixels, positions, greedy tokens; "
+        f"log-probabilities within {furthest:.1e})."
     )
 
 

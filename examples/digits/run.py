@@ -32,6 +32,7 @@ class Demo:
         self.out = out
         self.seconds: dict[str, float] = {}
         self.data, self.donors, self.graft = out / "data", out / "donors", out / "graft"
+        self.export = out / "export"
 
     @contextmanager
     def phase(self, name: str, what: str):
@@ -43,7 +44,7 @@ class Demo:
 
     def make(self) -> dict:
         """Run all phases; returns the report."""
-        for old in ("graft", "stage1", "stage2"):
+        for old in ("graft", "stage1", "stage2", "export"):
             shutil.rmtree(self.out / old, ignore_errors=True)
         if not self.data.exists():
             with self.phase("data", "boards of handwritten digits, and questions about them"):
@@ -66,6 +67,14 @@ class Demo:
             self.chat(stage2)
         with self.phase("score", "every checkpoint answers the held-out questions"):
             scores = self.score(models)
+        with self.phase("export", "a directory that transformers and vLLM load"):
+            run("serve/export.py", self.out / "stage2", "--out", self.export)
+        with self.phase("parity", "our model, transformers and vLLM on the same requests"):
+            run("serve/parity.py", self.export, "--json", self.out / "parity.json")
+        with self.phase("serve", "vLLM answers held-out questions as our own generation does"):
+            files = ("--data", self.data, "--out", self.out / "served.json")
+            models = ("--model", stage2, "--export", self.export)
+            run("-m", "examples.digits.serve", *models, *files)
         return self.report(json.loads(proof.read_text()), scores)
 
     def train(self, stage: str, model: Path) -> Path:
@@ -126,6 +135,8 @@ class Demo:
             "trainable_parameters": {
                 s: trained_parameters(self.out / s) for s in scores_of(scores)
             },
+            "parity": json.loads((self.out / "parity.json").read_text()),
+            "served": json.loads((self.out / "served.json").read_text()),
             "seconds": self.seconds,
         }
         answers = {name: score["answers"] for name, score in scores.items()}

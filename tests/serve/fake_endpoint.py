@@ -4,8 +4,8 @@
 
 What it says is read from the last user message: `say WORDS` is answered with the words, one per
 chunk; `fail STATUS` with that HTTP status; `hang` with one word and then silence; `break` with
-one word and a closed connection; `think` with a thought and an answer; anything else with a
-description of what arrived. It keeps every request.
+one word and a closed connection; `think` with a thought and an answer; `tag` with an image tag;
+anything else with a description of what arrived. It keeps every request.
 """
 
 import json
@@ -88,7 +88,8 @@ class Handler(BaseHTTPRequestHandler):
         if kind == "fail":
             return self._error(int(rest), "as asked\nfor")
         media = [part["type"] for part in parts if part["type"] != "text"]
-        words = {"say": rest, "hang": "wait", "break": "wait"}.get(kind, f"saw {len(media)} media")
+        known = {"say": rest, "hang": "wait", "break": "wait", "tag": "an <image> tag"}
+        words = known.get(kind, f"saw {len(media)} media")
         words = words.split(" ")
         room = request["max_tokens"]
         chunks = [{"content": word if i == 0 else f" {word}"} for i, word in enumerate(words)]

@@ -6,21 +6,20 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from playwright.sync_api import sync_playwright
 
 from serve.endpoint import Endpoint
 from serve.web import EMPTY, responder
+from tests.data.videos import write_video
 from tests.serve.fake_endpoint import serving
+from tests.serve.processes import ROOT, free_port
 
-ROOT = Path(__file__).parents[2]
 PICTURE = ROOT / "tests/golden/images/sq56.png"
 SETTINGS = ("", "auto", 0.0, 64)
 
@@ -57,6 +56,16 @@ def test_an_answer_grows_and_the_next_question_carries_the_conversation():
     assert request["chat_template_kwargs"] == {"enable_thinking": False}
 
 
+def test_a_video_goes_to_the_endpoint_and_onto_the_page(tmp_path):
+    clip = tmp_path / write_video(tmp_path / "clip.mp4", 8, 60, 90, 4)
+    with serving() as server:
+        shown, *_ = ask(responder(Endpoint(server.url)), "what?", files=[str(clip)])[-1]
+        part, _ = server.requests[0]["messages"][0]["content"]
+    assert shown[0]["content"] == [{"path": str(clip)}, "what?"]
+    kind, _, data = part["video_url"]["url"].partition(",")
+    assert kind == "data:video/mp4;base64" and base64.b64decode(data) == clip.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("text", "files", "reason"),
     [
@@ -71,12 +80,6 @@ def test_a_failure_is_told_and_gives_the_message_back(text, files, reason):
         steps = ask(responder(Endpoint(server.url)), text, files=files)
     *rest, notice = steps[-1]
     assert reason in notice and rest == [[], EMPTY, {"text": text, "files": files}]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextmanager
@@ -142,8 +145,14 @@ def test_an_image_and_a_question_are_answered_on_the_page(browser, tmp_path):
             page.press("textarea", "Enter")
             page.get_by_test_id("bot").get_by_text("a red square").wait_for()
             page.get_by_test_id("user").locator("img").wait_for()
+            page.fill("textarea", "hang")
+            page.press("textarea", "Enter")
+            half = page.get_by_test_id("bot").get_by_text("wait")
+            half.wait_for()  # shown while the server has not come to the end
+            page.get_by_role("button", name="Stop").click()
+            half.wait_for(state="detached")
         with urllib.request.urlopen(f"{url}/requests") as answer:
-            (request,) = json.load(answer)
+            request, _ = json.load(answer)
     image, text = request["messages"][-1]["content"]
     sent = base64.b64decode(image["image_url"]["url"].partition(",")[2])
     assert sent == PICTURE.read_bytes() and text["text"] == "say a red square"

@@ -135,9 +135,13 @@ class Processor:
             raise BadSample(sample.id, "has nothing to learn")
         return example
 
-    def prompt(self, sample: Sample) -> Example:
-        """The conversation up to the assistant's next words; nothing is learnt."""
-        return self._example(sample, render_prompt(sample, self.default_system))
+    def prompt(self, sample: Sample, answer_prefix: str = "") -> Example:
+        """The conversation up to the assistant's next words; nothing is learnt.
+
+        Args:
+            answer_prefix: words that the answer begins with, which are not generated.
+        """
+        return self._example(sample, render_prompt(sample, self.default_system, answer_prefix))
 
     def measure(self, sample: Sample) -> Sizes:
         """Sizes of `encode(sample)` from the headers of its media; raises as it does."""
