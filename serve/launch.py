@@ -17,11 +17,11 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from serve.preflight import check, find_vllm
 from serve.serve_config import (
@@ -36,12 +36,18 @@ from serve.serve_config import (
 from serve.vllm_env import is_cpu, vllm_environment
 
 GUARD = Path(__file__).with_name("guard.py")
-POLL_SECONDS, REPORT_SECONDS = 0.2, 15.0
+POLL_SECONDS, REPORT_SECONDS = 0.1, 15.0
+KILLED_SECONDS = 5.0
+"""A killed process is gone by then, or nobody collects it."""
 LOG_LINES = 20
 
 
 class ServerError(RuntimeError):
-    """vLLM ended, or did not answer in time."""
+    """vLLM ended, or did not answer in time; `code` is the exit code for it."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @contextmanager
@@ -53,60 +59,86 @@ def running_server(config: ServeConfig) -> Iterator[str]:
         ServerError: vLLM ended, or did not answer within `start_timeout`.
     """
     check(config, is_cpu())
-    guard = start(config)
-    try:
-        wait_until_ready(config, guard)
+    with Vllm(config) as vllm:
+        vllm.wait_until_ready()
         yield f"{config.url}/v1"
-    finally:
-        stop(guard)
 
 
-def start(config: ServeConfig) -> subprocess.Popen:
-    """Start vLLM under its guard, which stops it when it is told to or this process dies."""
-    command = [find_vllm(), *vllm_command(config, is_cpu())[1:]]
-    environment = {**os.environ, **vllm_environment()}
-    environment.pop(API_KEY, None)
-    if config.api_key:
-        environment[API_KEY] = config.api_key
-    output = config.log.open("wb") if config.log else None
-    try:
-        return subprocess.Popen(
-            [sys.executable, str(GUARD), str(config.stop_timeout), *command],
-            env=environment,
+class Vllm:
+    """The processes of `vllm serve`: one group, led by its guard. Leaving the block ends them."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.config = config
+        command = [find_vllm(), *vllm_command(config, is_cpu())[1:]]
+        environment = {**os.environ, **vllm_environment()}
+        environment.pop(API_KEY, None)
+        if config.api_key:
+            environment[API_KEY] = config.api_key
+        # A group of its own: Ctrl-C in the terminal is for the launcher alone.
+        self.guard = subprocess.Popen(
+            [sys.executable, str(GUARD), str(config.stop_timeout)],
             stdin=subprocess.PIPE,
+            process_group=0,
+        )
+        output = config.log.open("wb") if config.log else None
+        self.server = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            start_new_session=True,  # Ctrl-C in the terminal is for the launcher alone
+            process_group=self.guard.pid,
         )
-    finally:
+        self.guard.stdin.write(str(self.server.pid).encode())
+        self.guard.stdin.flush()
         if output:
             output.close()
 
+    def __enter__(self) -> "Vllm":
+        return self
 
-def stop(guard: subprocess.Popen) -> int:
-    """Stop vLLM and wait until no process of it is left; returns its exit code."""
-    guard.terminate()
-    code = guard.wait()
-    guard.stdin.close()
-    return code if code >= 0 else 128 - code  # the guard itself was killed
+    def __exit__(self, *_exception: object) -> None:
+        self.server.terminate()  # it stops its engines in order
+        with suppress(subprocess.TimeoutExpired):
+            self.server.wait(self.config.stop_timeout)
+        with suppress(ProcessLookupError):
+            os.killpg(self.guard.pid, signal.SIGKILL)
+        self.server.wait()
+        self.guard.communicate()
+        end = time.monotonic() + KILLED_SECONDS
+        with suppress(ProcessLookupError):
+            while time.monotonic() < end:
+                os.killpg(self.guard.pid, 0)
+                time.sleep(POLL_SECONDS)
 
+    @property
+    def exit_code(self) -> int:
+        """That of the server once it has ended, in a shell's manner where a signal ended it."""
+        code = self.server.returncode
+        return code if code >= 0 else 128 - code
 
-def wait_until_ready(config: ServeConfig, guard: subprocess.Popen) -> None:
-    """Wait for /health; ServerError if vLLM ends first or `start_timeout` passes."""
-    started = reported = time.monotonic()
-    while not _healthy(config.url):
-        if guard.poll() is not None:
-            raise ServerError(f"vLLM ended with exit code {stop(guard)} {_last_words(config)}")
-        now = time.monotonic()
-        if now - started > config.start_timeout:
-            raise ServerError(
-                f"vLLM did not answer within {config.start_timeout:g} s (start_timeout) "
-                + _last_words(config)
-            )
-        if now - reported > REPORT_SECONDS:
-            reported = now
-            print(f"waiting for {config.url} since {now - started:.0f} s", flush=True)
-        time.sleep(POLL_SECONDS)
+    def wait_until_ready(self) -> None:
+        """Wait for /health; ServerError if vLLM ends first or `start_timeout` passes."""
+        started = reported = time.monotonic()
+        while not _healthy(self.config.url):
+            if self.server.poll() is not None:
+                self.fail(f"vLLM ended with exit code {self.exit_code}", self.exit_code or 1)
+            now = time.monotonic()
+            if now - started > self.config.start_timeout:
+                self.fail(f"vLLM took more than {self.config.start_timeout:g} s (start_timeout)", 1)
+            if now - reported > REPORT_SECONDS:
+                reported = now
+                print(f"waiting for {self.config.url} since {now - started:.0f} s", flush=True)
+            time.sleep(POLL_SECONDS)
+
+    def fail(self, what: str, code: int) -> NoReturn:
+        """Raise ServerError with the end of the log, if there is one."""
+        log = self.config.log
+        if log is None:
+            raise ServerError(f"{what} before it answered; its messages are above", code)
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+        last = "\n".join(lines)
+        raise ServerError(f"{what} before it answered; {log} ends with:\n{last}", code)
 
 
 def _healthy(url: str) -> bool:
@@ -117,14 +149,6 @@ def _healthy(url: str) -> bool:
             return answer.status == 200
     except OSError:
         return False
-
-
-def _last_words(config: ServeConfig) -> str:
-    """Where to read why, with the end of the log if there is one."""
-    if config.log is None:
-        return "before it answered; its messages are above"
-    lines = config.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
-    return "\n".join([f"before it answered; {config.log} ends with:", *lines])
 
 
 def introduction(config: ServeConfig) -> str:
@@ -155,31 +179,29 @@ def greeting(config: ServeConfig) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Serve until vLLM ends or a signal comes; returns the exit code."""
-    guard = None
     try:
-        config = parse(sys.argv[1:] if arguments is None else arguments)
+        if arguments is None:
+            _hide_api_key()
+            arguments = sys.argv[1:]
+        config = parse(arguments)
         check(config, is_cpu())
         print(introduction(config), flush=True)
         _catch_signals()
-        guard = start(config)
-        if config.answers:
-            wait_until_ready(config, guard)
-            print(greeting(config), flush=True)
-        guard.wait()
-        code = stop(guard)
-        print(f"vLLM ended with exit code {code}", file=sys.stderr)
-        return code
+        with Vllm(config) as vllm:
+            if config.answers:
+                vllm.wait_until_ready()
+                print(greeting(config), flush=True)
+            vllm.server.wait()
+        print(f"vLLM ended with exit code {vllm.exit_code}", file=sys.stderr)
+        return vllm.exit_code
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ServerError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1 if guard.poll() is None else stop(guard) or 1
+        return error.code
     except KeyboardInterrupt:
         return 0
-    finally:
-        if guard is not None:
-            stop(guard)
 
 
 def _catch_signals() -> None:
@@ -206,5 +228,4 @@ def _hide_api_key() -> None:
 
 
 if __name__ == "__main__":
-    _hide_api_key()
     sys.exit(main())

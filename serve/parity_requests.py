@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from serve.batch import split_label
 from vlm.data.formats.messages import parse_line
 from vlm.data.schema import IMAGE_TAG, VIDEO_TAG, Message, Sample
+from vlm.hf_config import ConfigError
 
 EXIF_ORIENTATION, TURNED = 0x0112, 6
 VIDEO_FPS = 8
@@ -64,21 +66,24 @@ def _sample(name: str, texts: tuple, images: tuple, videos: tuple = ()) -> Sampl
 
 
 def requests_from(path: Path, rows: int) -> list[Sample]:
-    """The first rows of a data file, without the answers that end them."""
+    """The first rows of a data file, without the answers that end them.
+
+    Raises:
+        BadSample: a row that cannot be asked.
+        ConfigError: no file, or none with rows.
+    """
     samples = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip() and len(samples) < rows:
-                samples.append(parse_line(line, f"{path}:{number}", path.parent))
-    return [as_prompt(sample) for sample in samples]
-
-
-def as_prompt(sample: Sample) -> Sample:
-    """The sample up to its last user message."""
-    messages = sample.messages
-    while messages and messages[-1].role == "assistant":
-        messages = messages[:-1]
-    return Sample(sample.id, messages, sample.images, sample.videos)
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip() and len(samples) < rows:
+                    sample = parse_line(line, f"{path}:{number}", path.parent)
+                    samples.append(split_label(sample)[0])
+    except OSError as error:
+        raise ConfigError(f"--data {path} cannot be read ({error.strerror})") from None
+    if not samples:
+        raise ConfigError(f"--data {path} has no rows to ask")
+    return samples
 
 
 def picture(

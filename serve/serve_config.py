@@ -93,7 +93,7 @@ class ServeConfig:
 
     start_timeout: float = 1800
     """Seconds until the server must answer."""
-    stop_timeout: float = 30
+    stop_timeout: float = 15
     """Seconds that vLLM gets to end by itself before it is killed."""
     log: Path | None = None
     """File for vLLM's output, instead of the terminal."""

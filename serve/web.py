@@ -32,7 +32,7 @@ from serve.conversation import (
 )
 from serve.endpoint import Endpoint
 from serve.request import TAG
-from vlm.data.schema import BadSample, Message, Sample
+from vlm.data.schema import BadSample, Message, Sample, check_sample
 
 THINKING = {"auto": None, "on": True, "off": False}
 EMPTY = Sample("page", ())
@@ -58,7 +58,7 @@ def responder(endpoint: Endpoint) -> Callable[..., AsyncIterator[tuple]]:
             asked = add_message(conversation, message)
             yield display(asked), conversation, None, notice
             with_system = (Message("system", system), *asked.messages) if system else asked.messages
-            sampling = Sampling(int(max_new_tokens), temperature, thinking=THINKING[thinking])
+            sampling = Sampling(int(max_new_tokens or 0), temperature, thinking=THINKING[thinking])
             stream = endpoint.stream(replace(asked, messages=with_system), sampling)
             # in a thread, so that Stop need not wait for a silent server
             while answer := await asyncio.to_thread(next, stream, None):
@@ -87,12 +87,13 @@ def add_message(conversation: Sample, message: dict) -> Sample:
     turn = question(message["text"], len(images), len(videos))
     if not turn.content.strip():
         raise UsageError("The message is empty.")
-    return replace(
+    asked = replace(
         conversation,
         messages=(*conversation.messages, turn),
         images=(*conversation.images, *images),
         videos=(*conversation.videos, *videos),
     )
+    return check_sample(asked)
 
 
 def display(conversation: Sample) -> list[dict]:

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from serve.serve_config import parse as parse_serving
 from train.config import UsageError, parse
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+SERVING = ROOT / "configs" / "serve.yaml"
+CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - {SERVING})
 MODEL_DATA_AND_OUTPUT = ["--model", "model", "--dataset", "data.jsonl", "--output_dir", "run"]
 # The recipe of both stages, as published; what it leaves out is its trainer's default.
 RECIPE = {
@@ -36,6 +38,18 @@ RECIPE = {
     "logging_steps": 5,
     "seed": 42,
 }
+SERVING_RECIPE = {
+    "max_pixels": 1003520,
+    "video_max_pixels": 50176,
+    "fps_max_frames": 12,
+    "max_images": 5,
+    "max_videos": 2,
+    "max_model_len": 8192,
+    "max_new_tokens": 2048,
+    "gpu_memory_utilization": 0.9,
+    "served_model_name": "Qwen3-VL",
+    "port": 8000,
+}
 
 
 def load(path: Path, *arguments: str):
@@ -50,6 +64,15 @@ def test_every_config_loads_and_each_of_its_values_arrives(path):
         written.pop(key, None)
     assert written
     assert {key: loaded[key] for key in written} == written
+
+
+def test_the_serving_config_loads_and_holds_the_recipes_limits(monkeypatch):
+    for variable in ("MAX_PIXELS", "VIDEO_MAX_PIXELS", "FPS_MAX_FRAMES"):
+        monkeypatch.setenv(variable, "20000")  # to which the file does not yield
+    loaded = parse_serving(["model", "--config", str(SERVING)])
+    written = yaml.safe_load(SERVING.read_text(encoding="utf-8"))
+    assert {key: getattr(loaded, key) for key in written} == written
+    assert written.items() >= SERVING_RECIPE.items()
 
 
 @pytest.mark.parametrize(("stage", "frozen"), [(1, True), (2, False)])

@@ -13,8 +13,8 @@ from vlm.model import LanguageModel, VisionLanguageModel, initialise
 GOLDEN_MODEL = Path(__file__).parent / "golden" / "model"
 
 
-def hybrid_config(tie: bool = False) -> dict:
-    """The `config.json` of a tiny hybrid whose head_dim is not hidden_size / heads."""
+def hybrid_config(tie: bool = False, hidden_size: int = 48) -> dict:
+    """The `config.json` of a tiny hybrid whose head_dim is hidden_size / heads at 128 alone."""
     vl = json.loads((GOLDEN_MODEL / "config.json").read_text())
     tokens = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return {
@@ -25,7 +25,7 @@ def hybrid_config(tie: bool = False) -> dict:
         "text_config": {
             "model_type": "graft_vl_text",
             "vocab_size": 4096,
-            "hidden_size": 48,
+            "hidden_size": hidden_size,
             "intermediate_size": 96,
             "num_hidden_layers": 3,
             "num_attention_heads": 4,
@@ -39,13 +39,13 @@ def hybrid_config(tie: bool = False) -> dict:
                 "mrope_section": [4, 6, 6],
             },
         },
-        "vision_config": vl["vision_config"] | {"out_hidden_size": 48},
+        "vision_config": vl["vision_config"] | {"out_hidden_size": hidden_size},
     }
 
 
-def hybrid(seed: int = 0, tie: bool = False) -> VisionLanguageModel:
+def hybrid(seed: int = 0, tie: bool = False, hidden_size: int = 48) -> VisionLanguageModel:
     """A tiny random hybrid in float32."""
-    model = VisionLanguageModel(parse_config(hybrid_config(tie)))
+    model = VisionLanguageModel(parse_config(hybrid_config(tie, hidden_size)))
     randomise(model, seed)
     return model
 
@@ -60,10 +60,10 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> None:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-def write_hybrid(folder: Path, seed: int = 0, tie: bool = False) -> Path:
-    """`hybrid(seed, tie)` as a checkpoint directory; returns it."""
-    model = hybrid(seed, tie)
-    save_model(folder, model.state_dict().items(), GOLDEN_MODEL, hybrid_config(tie))
+def write_hybrid(folder: Path, seed: int = 0, tie: bool = False, hidden_size: int = 48) -> Path:
+    """`hybrid(...)` as a checkpoint directory; returns it."""
+    model = hybrid(seed, tie, hidden_size)
+    save_model(folder, model.state_dict().items(), GOLDEN_MODEL, hybrid_config(tie, hidden_size))
     return Path(folder)
 
 

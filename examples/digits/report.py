@@ -72,8 +72,8 @@ def served_line(served: dict, parity: list[dict]) -> str:
     agree = sum(row["passed"] for row in parity)
     furthest = max(row["logprobs"] for row in parity)
     return (
-        f"Served by vLLM: {served['served_equals_local']} of {served['questions']} answers equal our "
-        f"own generation's. Requests through our model, transformers and vLLM: {agree} of "
+        f"Served by vLLM: {served['served_equals_local']} of {served['questions']} answers equal "
+        f"our own generation's. Requests through our model, transformers and vLLM: {agree} of "
         f"{len(parity)} comparisons agree (ids, grids, pixels, positions, greedy tokens; "
         f"log-probabilities within {furthest:.1e})."
     )

@@ -30,7 +30,7 @@ record = {
     "arguments": sys.argv[1:],
     "key": os.environ.get("VLLM_API_KEY"),
     "pid": os.getpid(),
-    "session": os.getsid(0),
+    "group": os.getpgid(0),
 }
 partial = Path(os.environ["FAKE_RECORD"] + ".partial")
 partial.write_text(json.dumps(record))

@@ -1,4 +1,4 @@
-"""The processes of a session, and launchers as their users start them."""
+"""The processes of a group, and launchers as their users start them."""
 
 import os
 import signal
@@ -14,15 +14,14 @@ ROOT = Path(__file__).parents[2]
 PATIENCE = 60
 
 
-def pids(session: int) -> list[int]:
-    """The session's processes that are more than a zombie."""
+def pids(group: int) -> list[int]:
+    """The group's processes that are more than a zombie."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(FileNotFoundError, ProcessLookupError):
-            state, _parent, _group, its_session = (
-                (folder / "stat").read_text().rpartition(")")[2].split()[:4]
-            )
-            if int(its_session) == session and state not in "ZX":
+            stat = (folder / "stat").read_text().rpartition(")")[2]
+            state, _parent, its_group = stat.split()[:3]
+            if int(its_group) == group and state not in "ZX":
                 found.append(int(folder.name))
     return found
 
@@ -35,9 +34,9 @@ def command_line(pid: int) -> str:
     return ""
 
 
-def living(session: int) -> list[str]:
-    """Command lines of the session's processes."""
-    return [command_line(pid) for pid in pids(session)]
+def living(group: int) -> list[str]:
+    """Command lines of the group's processes."""
+    return [command_line(pid) for pid in pids(group)]
 
 
 def command_lines() -> str:
@@ -89,7 +88,8 @@ class Launcher:
         self.process.send_signal(number)
         return self.process.wait(PATIENCE)
 
-    def guard(self) -> int:
-        """Its only child, whose id is that of vLLM's session."""
+    def group(self) -> int:
+        """The group of its vLLM, which is the id of the guard."""
         pid = self.process.pid
-        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return os.getpgid(int(children[0]))

@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from serve import launch
+import serve.launch
 from serve.launch import ServerError, main, running_server
 from serve.preflight import GIB, check_gpus
 from serve.serve_config import ServeConfig, UsageError, parse, vllm_command
 from serve.vllm_env import vllm_environment
-from tests.serve.processes import ROOT, Launcher, command_lines, free_port, living, pids, wait_until
+from tests.serve.processes import ROOT, Launcher, command_lines, free_port, living, wait_until
 from tests.tiny import write_hybrid, write_llm_donor
 from vlm.hf_config import read_config
 
@@ -65,9 +65,25 @@ def fake_vllm(tmp_path, monkeypatch):
     return tmp_path / "record.json"
 
 
-def session_of(record: Path) -> int:
+@pytest.fixture
+def launch(model, tmp_path):
+    """Starts launchers of the model on free ports; what a failed test leaves is killed."""
+    started = []
+
+    def start(*options: object, **variables: str) -> Launcher:
+        options = (model, "--port", free_port(), *options)
+        started.append(Launcher(tmp_path / "out", *options, **variables))
+        return started[-1]
+
+    yield start
+    for launcher in started:
+        launcher.process.kill()
+        launcher.process.wait()
+
+
+def group_of(record: Path) -> int:
     assert wait_until(record.exists)
-    return json.loads(record.read_text())["session"]
+    return json.loads(record.read_text())["group"]
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -203,6 +219,12 @@ def test_a_mistake_is_one_sentence(model, arguments, message, capsys):
     assert message in said
 
 
+def test_a_mistake_on_a_real_command_line(launch):
+    launcher = launch("--api_key")
+    assert launcher.process.wait(60) == 2
+    assert launcher.output.read_text() == "error: --api_key has no value\n"
+
+
 @pytest.mark.parametrize("line", ["max_pixel: 5", "api_key: secret"])
 def test_a_key_that_a_file_may_not_have(model, tmp_path, line, capsys):
     (tmp_path / "bad.yaml").write_text(line)
@@ -268,7 +290,7 @@ def test_a_port_in_use(model, capsys):
 
 
 def test_too_little_memory(model, monkeypatch, capsys):
-    monkeypatch.setattr(launch, "is_cpu", lambda: True)
+    monkeypatch.setattr(serve.launch, "is_cpu", lambda: True)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "100000")
     assert main([str(model)]) == 2
     assert "take 100000.0 GiB and this machine has" in capsys.readouterr().err
@@ -311,16 +333,15 @@ def test_no_vllm(model, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_everything(model, tmp_path, fake_vllm, number):
-    key, port = f"secret-{os.urandom(8).hex()}", free_port()
-    arguments = [model, "--port", port, "--api_key", key, "--", "--seed", "3"]
-    launcher = Launcher(tmp_path / "out", *arguments, MAX_PIXELS="200704")
-    launcher.until(f"serving Qwen3-VL at http://127.0.0.1:{port}/v1")
+def test_a_signal_stops_everything(launch, fake_vllm, number):
+    key = f"secret-{os.urandom(8).hex()}"
+    launcher = launch("--api_key", key, "--", "--seed", "3", MAX_PIXELS="200704")
+    launcher.until("serving Qwen3-VL at http://127.0.0.1:")
     given = json.loads(fake_vllm.read_text())
-    assert living(given["session"]) and given["key"] == key
+    assert living(given["group"]) and given["key"] == key
     assert key not in command_lines()
     assert launcher.send(number) == 0
-    assert not living(given["session"])
+    assert not living(given["group"])
     said = launcher.output.read_text()
     assert key not in said and "fake vLLM: loading" in said
     assert "max_pixels 200704 (MAX_PIXELS=200704)" in said
@@ -330,78 +351,72 @@ def test_a_signal_stops_everything(model, tmp_path, fake_vllm, number):
     assert pasted.splitlines()[-len(given["arguments"]) :] == given["arguments"]
 
 
-def test_one_that_does_not_heed_sigterm_is_killed(model, tmp_path, fake_vllm):
-    launcher = Launcher(
-        tmp_path / "out", model, "--port", free_port(), "--stop_timeout", 0.5, FAKE_VLLM="stubborn"
-    )
+def test_one_that_does_not_heed_sigterm_is_killed(launch, fake_vllm):
+    launcher = launch("--stop_timeout", 0.5, FAKE_VLLM="stubborn")
     launcher.until("serving")
     assert launcher.send(signal.SIGTERM) == 0
-    assert not living(session_of(fake_vllm))
+    assert not living(group_of(fake_vllm))
 
 
-def test_a_signal_while_it_loads(model, tmp_path, fake_vllm):
-    launcher = Launcher(tmp_path / "out", model, "--port", free_port(), FAKE_VLLM="hangs")
-    session = session_of(fake_vllm)
+def test_a_signal_while_it_loads(launch, fake_vllm):
+    launcher = launch(FAKE_VLLM="hangs")
+    group = group_of(fake_vllm)
     assert launcher.send(signal.SIGINT) == 0
-    assert not living(session) and not launcher.said("Traceback")
+    assert not living(group) and not launcher.said("Traceback")
 
 
-def test_kill_9_takes_vllm_along(model, tmp_path, fake_vllm):
-    launcher = Launcher(tmp_path / "out", model, "--port", free_port())
+def test_kill_9_takes_vllm_along(launch, fake_vllm):
+    launcher = launch()
     launcher.until("serving")
-    session = session_of(fake_vllm)
+    group = group_of(fake_vllm)
     assert launcher.send(signal.SIGKILL) == -signal.SIGKILL
-    assert wait_until(lambda: not living(session)), living(session)
+    assert wait_until(lambda: not living(group)), living(group)
 
 
-def test_kill_9_of_the_guard_stops_the_server(model, tmp_path, fake_vllm):
-    launcher = Launcher(tmp_path / "out", model, "--port", free_port())
+def test_without_its_guard_the_server_lasts_and_stops_as_ever(launch, fake_vllm):
+    launcher = launch()
     launcher.until("serving")
-    session = session_of(fake_vllm)
-    os.kill(launcher.guard(), signal.SIGKILL)
-    assert launcher.process.wait(60) == 137
-    # the engine is the server's own to stop, which the fake one does not
-    assert wait_until(lambda: not any("vllm serve" in line for line in living(session)))
-    for pid in pids(session):
-        os.kill(pid, signal.SIGKILL)
+    group = launcher.group()
+    os.kill(group, signal.SIGKILL)
+    assert group_of(fake_vllm) == group and len(living(group)) >= 3
+    assert launcher.send(signal.SIGTERM) == 0
+    assert not living(group)
 
 
-def test_the_server_that_dies_takes_its_engine_along(model, tmp_path, fake_vllm):
-    launcher = Launcher(tmp_path / "out", model, "--port", free_port())
+def test_the_server_that_dies_takes_its_engine_along(launch, fake_vllm):
+    launcher = launch()
     launcher.until("serving")
     given = json.loads(fake_vllm.read_text())
     os.kill(given["pid"], signal.SIGKILL)
     assert launcher.process.wait(60) == 137
-    assert not living(given["session"])
+    assert not living(given["group"])
     assert launcher.said("vLLM ended with exit code 137")
 
 
-def test_one_that_fails_is_reported_with_its_last_words(model, tmp_path, fake_vllm):
+def test_one_that_fails_is_reported_with_its_last_words(launch, tmp_path, fake_vllm):
     log = tmp_path / "vllm.log"
-    launcher = Launcher(
-        tmp_path / "out", model, "--port", free_port(), "--log", log, FAKE_VLLM="fails"
-    )
+    launcher = launch("--log", log, FAKE_VLLM="fails")
     assert launcher.process.wait(60) == 3
     said = launcher.output.read_text()
     assert f"error: vLLM ended with exit code 3 before it answered; {log} ends with:" in said
     assert said.endswith("ValueError: no such kernel\n")
-    assert not living(session_of(fake_vllm))
+    assert not living(group_of(fake_vllm))
 
 
 def test_one_that_never_answers_is_given_up(model, monkeypatch, fake_vllm):
     monkeypatch.setenv("FAKE_VLLM", "hangs")
     config = replace(parse([str(model)]), port=free_port(), start_timeout=1.5)
-    with pytest.raises(ServerError, match=r"did not answer within 1\.5 s"), running_server(config):
+    with pytest.raises(ServerError, match=r"took more than 1\.5 s"), running_server(config):
         pass
-    assert not living(session_of(fake_vllm))
+    assert not living(group_of(fake_vllm))
 
 
 def test_a_server_lasts_as_long_as_its_block(model, tmp_path, fake_vllm):
     config = replace(parse([str(model)]), port=free_port(), log=tmp_path / "log")
     with pytest.raises(KeyError), running_server(config) as url:
         assert url == f"http://127.0.0.1:{config.port}/v1"
-        session = session_of(fake_vllm)
-        assert living(session)
+        group = group_of(fake_vllm)
+        assert living(group)
         raise KeyError
-    assert not living(session)
+    assert not living(group)
     assert "fake vLLM: loading" in (tmp_path / "log").read_text()

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.serve.processes import Launcher, free_port, living, wait_until
+from tests.serve.processes import Launcher, command_line, free_port, living, pids, wait_until
 from tests.tiny import write_hybrid
 
 TO_START = 300
@@ -41,11 +41,11 @@ class Server:
     def __init__(self, model: Path, output: Path, *options: object, **variables: str) -> None:
         self.port = free_port()
         self.launcher = Launcher(output, model, "--port", self.port, *options, **variables)
-        self.session, self.headers = 0, {"Content-Type": "application/json"}
+        self.group, self.headers = 0, {"Content-Type": "application/json"}
 
     def wait(self) -> "Server":
         self.launcher.until("serving Qwen3-VL", TO_START)
-        self.session = self.launcher.guard()
+        self.group = self.launcher.group()
         return self
 
     def ask(self, *media: dict, text: str = "What is this?", **sampling) -> tuple[int, dict]:
@@ -150,32 +150,34 @@ def test_limits_of_the_environment_and_of_flags(model, tmp_path):
         assert body["usage"]["completion_tokens"] == 3
     finally:
         server.stop()
-    assert not living(server.session)
+    assert not living(server.group)
 
 
 @pytest.mark.soak
 def test_20_servers_leave_nothing_behind(model, tmp_path):
-    """Stopped in every way, while they serve and while they load."""
-    ends = ("SIGINT", "SIGTERM", "kill -9 of the launcher", "kill -9 of the guard")
+    """Ended in every way, while they serve and while they load."""
+    ends = ("SIGINT", "SIGTERM", "kill -9 of the launcher", "kill -9 of the server")
     shared_memory = set(os.listdir("/dev/shm"))
     for cycle, end in zip(range(20), itertools.cycle(ends), strict=False):
         server = Server(model, tmp_path / f"out{cycle}")
+        launcher = server.launcher
         if cycle % 8 >= 4:  # while it loads, later each time
-            server.launcher.until("vllm serve")
-            assert wait_until(lambda server=server: server.launcher.process.poll() is None)
+            launcher.until("vllm serve")
             time.sleep(2 * (cycle % 8))
-            server.session = server.launcher.guard()
+            server.group = launcher.group()
         else:
             server.wait()
             assert server.ask()[0] == 200
-        assert living(server.session)
-        launcher = server.launcher
+        assert living(server.group), (cycle, end)
         if end.startswith("SIG"):
-            assert launcher.send(signal.Signals[end]) == 0
-            assert not living(server.session), (cycle, end)
+            assert launcher.send(signal.Signals[end]) == 0, (cycle, end)
+            assert not living(server.group), (cycle, end)
+        elif end.endswith("launcher"):
+            launcher.send(signal.SIGKILL)
+            assert wait_until(lambda group=server.group: not living(group)), (cycle, end)
         else:
-            victim = launcher.process.pid if end.endswith("launcher") else server.session
-            os.kill(victim, signal.SIGKILL)
-            launcher.process.wait(TO_START)
-            assert wait_until(lambda server=server: not living(server.session)), (cycle, end)
+            served = next(p for p in pids(server.group) if "vllm serve" in command_line(p))
+            os.kill(served, signal.SIGKILL)
+            assert launcher.process.wait(TO_START) == 128 + signal.SIGKILL, (cycle, end)
+            assert not living(server.group), (cycle, end)
         assert not set(os.listdir("/dev/shm")) - shared_memory, (cycle, end)

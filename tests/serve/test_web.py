@@ -72,6 +72,7 @@ def test_a_video_goes_to_the_endpoint_and_onto_the_page(tmp_path):
         ("fail 400", [], "refuses it: 400: as asked for"),
         ("break", [], "broke off"),
         ("what?", ["/nowhere/a.png"], "/nowhere/a.png does not exist"),
+        ("an <image>", [], "1 <image> tags but 0 images"),
         (" ", [], "empty"),
     ],
 )
