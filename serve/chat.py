@@ -54,7 +54,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--prompt", help="ask this once and end")
     add("--image", type=Path, action="append", default=[], help="may be repeated")
     add("--video", type=Path, action="append", default=[], help="may be repeated")
-    add("--system", help="system prompt; empty for none (default: the model's)")
+    add("--system", help="system prompt (default: the model's); empty: none, of a checkpoint only")
     add("--input", type=Path, help="JSONL of conversations to answer")
     add("--output", type=Path, help="JSONL of their answers")
     add("--batch_size", type=int, default=8, help="conversations, or requests, at a time")

@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
+from serve.guard import ORPHANS_SECONDS
 from serve.preflight import check, find_vllm
 from serve.serve_config import (
     API_KEY,
@@ -37,8 +38,6 @@ from serve.vllm_env import is_cpu, vllm_environment
 
 GUARD = Path(__file__).with_name("guard.py")
 POLL_SECONDS, REPORT_SECONDS = 0.1, 15.0
-KILLED_SECONDS = 5.0
-"""A killed process is gone by then, or nobody collects it."""
 LOG_LINES = 20
 
 
@@ -101,13 +100,19 @@ class Vllm:
         self.server.terminate()  # it stops its engines in order
         with suppress(subprocess.TimeoutExpired):
             self.server.wait(self.config.stop_timeout)
-        with suppress(ProcessLookupError):
-            os.killpg(self.guard.pid, signal.SIGKILL)
+        self.server.kill()
         self.server.wait()
-        self.guard.communicate()
-        end = time.monotonic() + KILLED_SECONDS
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            self._end_group(number)
+        self.guard.stdin.close()
+
+    def _end_group(self, number: signal.Signals) -> None:
+        """Signal what is left of the group, and wait until it is gone."""
+        end = time.monotonic() + ORPHANS_SECONDS
         with suppress(ProcessLookupError):
+            os.killpg(self.guard.pid, number)
             while time.monotonic() < end:
+                self.guard.poll()
                 os.killpg(self.guard.pid, 0)
                 time.sleep(POLL_SECONDS)
 

@@ -25,6 +25,12 @@ def request_messages(conversation: Sample) -> list[dict]:
     conversation = without_thoughts(check_sample(conversation))
     images, videos = iter(conversation.images), iter(conversation.videos)
     system = [turn for turn in conversation.messages if turn.role == "system"]
+    if system and not system[0].content:
+        raise BadSample(
+            conversation.id,
+            "an empty system prompt cannot be asked of a server, whose template would write an "
+            "empty system turn where training has none; leave it out for the default",
+        )
     messages = []
     for turn in [*system, *join_turns(conversation)]:
         parts = []

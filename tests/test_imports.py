@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "eval": ("eval", "vlm.data.formats"),
 }
 # The few places that meet transformers; the model itself is torch and nothing else.
-MAY_IMPORT_TRANSFORMERS = ("vlm/graft/verify.py", "vlm/hf/")
+MAY_IMPORT_TRANSFORMERS = ("vlm/graft/verify.py", "vlm/hf/", "vlm/vllm_model.py")
+MAY_IMPORT_VLLM = ("vlm/vllm_plugin.py", "vlm/vllm_model.py", "serve/vllm_view.py")
 
 
 def python_files(room: str) -> list[Path]:
@@ -58,6 +59,8 @@ def forbidden_imports(source: str, path: str) -> list[str]:
             allowed = is_inside(module, MAY_IMPORT[room])
         elif is_inside(module, ("deepspeed",)):
             allowed = path == "train/engine.py"
+        elif is_inside(module, ("vllm",)):
+            allowed = path in MAY_IMPORT_VLLM
         elif is_inside(module, ("transformers",)) and room in ("vlm", "train"):
             allowed = path.startswith(MAY_IMPORT_TRANSFORMERS)
         else:
@@ -89,6 +92,8 @@ def test_rooms_import_only_what_they_may(room):
         ("import deepspeed", "train/engine.py", []),
         ("import transformers", "vlm/vision.py", ["transformers"]),
         ("from transformers import Qwen3ForCausalLM", "vlm/graft/verify.py", []),
+        ("from vllm import LLM", "serve/chat.py", ["vllm.LLM"]),
+        ("from vllm import LLM", "serve/vllm_view.py", []),
         ("from vlm.data.formats import messages", "eval/run.py", []),
         ("from vlm.data import chat", "eval/run.py", ["vlm.data.chat"]),
         ("from vlm.model import f", "eval/run.py", ["vlm.model.f"]),

@@ -49,7 +49,7 @@ class Project:
             "tools/install.sh",
             "serve/cpu_shims/install.py",
         ):
-            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
         self.add_command("python3", STUB)
         self.add_command("nvidia-smi", "#!/bin/sh\nexit 9\n")

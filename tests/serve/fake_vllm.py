@@ -25,7 +25,8 @@ class Health(BaseHTTPRequestHandler):
 
 
 behaviour = os.environ.get("FAKE_VLLM", "")
-engine = subprocess.Popen(["sh", "-c", "trap '' TERM INT; sleep 600; true"])
+stubborn = ["trap '' TERM INT;"] * (behaviour == "stubborn")
+engine = subprocess.Popen(["sh", "-c", " ".join([*stubborn, "sleep 600; true"])])
 record = {
     "arguments": sys.argv[1:],
     "key": os.environ.get("VLLM_API_KEY"),

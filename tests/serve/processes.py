@@ -39,6 +39,16 @@ def living(group: int) -> list[str]:
     return [command_line(pid) for pid in pids(group)]
 
 
+def shared_memory(group: int) -> set[Path]:
+    """Files in /dev/shm that the group's processes have open."""
+    found = set()
+    for pid in pids(group):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            words = Path(f"/proc/{pid}/maps").read_text().split()
+            found |= {Path(word) for word in words if word.startswith("/dev/shm/")}
+    return found
+
+
 def command_lines() -> str:
     """Those of every process on the machine."""
     return "\n".join(command_line(int(p.name)) for p in Path("/proc").glob("[0-9]*"))

