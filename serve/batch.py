@@ -19,7 +19,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from serve.conversation import Answer, Backend, Sampling, UsageError
+from serve.conversation import Answer, Backend, Sampling
+from serve.usage import UsageError
 from vlm.data.formats.messages import parse_line
 from vlm.data.schema import BadSample, Sample, check_sample
 

@@ -9,35 +9,23 @@ is a mistake in what was asked for, told in one sentence; 1 is a batch of which 
 """
 
 import argparse
-import os
 import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
 from serve.batch import run_batch
-from serve.conversation import (
-    Backend,
-    EndpointError,
-    Sampling,
-    UsageError,
-    check_image,
-    check_video,
-)
+from serve.conversation import Backend, EndpointError, Sampling, check_image, check_video
 from serve.terminal import Chat, Printer, converse
+from serve.usage import UsageError
 from vlm.checkpoint import CheckpointError
+from vlm.data.limits import ENVIRONMENT, Limits, environment_limits
 from vlm.data.schema import BadSample
 from vlm.hf_config import ConfigError
 
 THINKING = {"true": True, "false": False, "auto": None}
-LIMITS = {
-    "min_pixels": None,
-    "max_pixels": "MAX_PIXELS",
-    "video_max_pixels": "VIDEO_MAX_PIXELS",
-    "fps": None,
-    "fps_max_frames": "FPS_MAX_FRAMES",
-}
-"""Options that bound images and videos, and the recipe's variable that sets each."""
+LIMITS = ("min_pixels", "max_pixels", "video_max_pixels", "fps", "fps_max_frames")
+"""Options that bound images and videos."""
 OF_ENDPOINTS = ("api_key", "model_name", "timeout")
 
 
@@ -67,9 +55,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--thinking", choices=THINKING, default="auto", help="auto leaves it to the model")
 
     add = parser.add_argument_group("a checkpoint's limits (a server has its own)").add_argument
-    for name, variable in LIMITS.items():
+    variables = {name: variable for variable, name in ENVIRONMENT.items()}
+    for name in LIMITS:
         kind = float if name == "fps" else int
-        add(f"--{name}", type=kind, help=f"default: {variable}, or the recipe's" * bool(variable))
+        help_text = f"default: {variables[name]}, or the recipe's" if name in variables else None
+        add(f"--{name}", type=kind, help=help_text)
 
     add = parser.add_argument_group("an endpoint").add_argument
     add("--api_key", help="default: OPENAI_API_KEY")
@@ -120,18 +110,14 @@ def open_backend(options: argparse.Namespace) -> Backend:
     return local
 
 
-def _limits(options: argparse.Namespace) -> dict:
-    """Flags, then the recipe's environment; what neither sets is left to the processor."""
-    limits = {}
-    for name, variable in LIMITS.items():
-        if getattr(options, name) is not None:
-            limits[name] = getattr(options, name)
-        elif variable and variable in os.environ:
-            try:
-                limits[name] = int(os.environ[variable])
-            except ValueError:
-                raise UsageError(f"{variable}={os.environ[variable]!r} is not a number") from None
-    return limits
+def _limits(options: argparse.Namespace) -> Limits:
+    """Flags, then the recipe's environment, then the recipe."""
+    given = {name: getattr(options, name) for name in LIMITS}
+    flags = {name: value for name, value in given.items() if value is not None}
+    try:
+        return Limits(**environment_limits() | flags)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def run(options: argparse.Namespace) -> int:

@@ -7,18 +7,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from serve.usage import UsageError
 from vlm.data.image import BadImage, header_size
-from vlm.data.processor import FPS
+from vlm.data.limits import Limits
 from vlm.data.schema import IMAGE_TAG, VIDEO_TAG, BadSample, Media, Message, Sample, Video
 from vlm.data.video import BadVideo, video_info
 
 THINK, THINK_END = "<think>", "</think>"
 NO_THOUGHT = f"{THINK}\n\n{THINK_END}\n\n"
 """How an answer begins when thinking is off (Qwen3's convention)."""
-
-
-class UsageError(ValueError):
-    """What was asked for cannot be done; the message says what to do."""
 
 
 class EndpointError(Exception):
@@ -108,6 +105,6 @@ def check_image(image: Media) -> None:
 def check_video(video: Video) -> None:
     """The same for a video."""
     try:
-        video_info(video, FPS)
+        video_info(video, Limits.fps)
     except (BadVideo, BadImage) as error:
         raise BadSample("chat", str(error)) from None

@@ -10,15 +10,9 @@ from functools import cached_property
 
 import openai
 
-from serve.conversation import (
-    THINK,
-    THINK_END,
-    Answer,
-    EndpointError,
-    Sampling,
-    UsageError,
-)
+from serve.conversation import THINK, THINK_END, Answer, EndpointError, Sampling
 from serve.request import request_messages
+from serve.usage import UsageError
 from vlm.data.schema import BadSample, Sample
 
 CONNECT_SECONDS = 10

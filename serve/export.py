@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_args
 
@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from serve.export_files import STOCK_WARNING, Format, export_config, write_files
-from serve.limits import Limits
 from serve.model_card import model_card, training_stages
 from serve.reload import check_reload
 from vlm.checkpoint import COMPANION_FILES, CheckpointError, TensorReader, save_model
+from vlm.data.limits import Limits
 from vlm.hf_config import ConfigError, read_config, read_json
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -100,7 +100,10 @@ def choose_limits(stages: list[dict], given: dict) -> Limits:
     """The last stage's limits under those that were given; the recipe's where neither says."""
     names = {field.name for field in fields(Limits)}
     trained = stages[-1]["config"] if stages else {}
-    return replace(Limits(**{n: trained[n] for n in names if n in trained}), **given)
+    try:
+        return Limits(**{n: trained[n] for n in names if n in trained} | given)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def export_tensors(

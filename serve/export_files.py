@@ -9,9 +9,10 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from serve.limits import Limits
+from serve.limits import frame_sampling, frame_size, image_size
 from vlm.checkpoint import CheckpointError, write_json
 from vlm.config import VLMConfig
+from vlm.data.limits import Limits
 from vlm.graft.tokenizer import load_tokenizer
 from vlm.vision import IMAGE_MEAN, IMAGE_STD
 
@@ -53,12 +54,12 @@ def processor_files(limits: Limits, config: VLMConfig, format: Format) -> dict[s
     }
     image = shared | {
         "image_processor_type": "Qwen2VLImageProcessor",
-        "size": limits.image_size,
+        "size": image_size(limits),
     }
     video = shared | {
         "video_processor_type": "Qwen2VLVideoProcessor",
-        "size": limits.video_size,
-        **limits.sampling,
+        "size": frame_size(limits),
+        **frame_sampling(limits),
         # stock vLLM samples before the processor and would be sampled again
         "do_sample_frames": format == "hf",
         "cap_pixels_per_frame": False,

@@ -25,16 +25,10 @@ from typing import NoReturn
 
 from serve.guard import ORPHANS_SECONDS
 from serve.preflight import check, find_vllm
-from serve.serve_config import (
-    API_KEY,
-    ENVIRONMENT,
-    ServeConfig,
-    UsageError,
-    parse,
-    take_api_key,
-    vllm_command,
-)
+from serve.serve_config import API_KEY, ServeConfig, parse, take_api_key, vllm_command
+from serve.usage import UsageError
 from serve.vllm_env import is_cpu, vllm_environment
+from vlm.data.limits import ENVIRONMENT
 
 GUARD = Path(__file__).with_name("guard.py")
 POLL_SECONDS, REPORT_SECONDS = 0.1, 15.0

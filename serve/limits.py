@@ -1,66 +1,36 @@
-"""How large images and videos may become, for every reader of an export."""
+"""Limits on images and videos in transformers' and vLLM's words."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from vlm.data.processor import (
-    FPS,
-    FPS_MAX_FRAMES,
-    FPS_MIN_FRAMES,
-    MAX_PIXELS,
-    MIN_PIXELS,
-    VIDEO_MAX_PIXELS,
-    VIDEO_MIN_PIXELS,
-)
+from vlm.data.limits import Limits
 from vlm.hf_config import ConfigError, read_json
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Options of `vlm.data.processor.Processor`, by the same names; the recipe's by default."""
+def image_size(limits: Limits) -> dict[str, int]:
+    """transformers' `size` of an image."""
+    return {"shortest_edge": limits.min_pixels, "longest_edge": limits.max_pixels}
 
-    min_pixels: int = MIN_PIXELS
-    max_pixels: int = MAX_PIXELS
-    video_min_pixels: int = VIDEO_MIN_PIXELS
-    video_max_pixels: int = VIDEO_MAX_PIXELS
-    """Of one frame."""
-    fps: float = FPS
-    """Frames sampled per second of video."""
-    fps_max_frames: int = FPS_MAX_FRAMES
 
-    @property
-    def image_size(self) -> dict[str, int]:
-        """In transformers' words, which vLLM shares."""
-        return {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
+def frame_size(limits: Limits) -> dict[str, int]:
+    """transformers' `size` of a video's frame; its own least would lie above the recipe's most."""
+    return {"shortest_edge": limits.video_min_pixels, "longest_edge": limits.video_max_pixels}
 
-    @property
-    def video_size(self) -> dict[str, int]:
-        """Of one frame; transformers' own least would lie above the recipe's most."""
-        return {"shortest_edge": self.video_min_pixels, "longest_edge": self.video_max_pixels}
 
-    @property
-    def sampling(self) -> dict[str, float]:
-        """Which frames of a video are seen, in transformers' words, which vLLM shares."""
-        return {
-            "fps": self.fps,
-            "min_frames": min(FPS_MIN_FRAMES, self.fps_max_frames),
-            "max_frames": self.fps_max_frames,
-        }
+def frame_sampling(limits: Limits) -> dict[str, float]:
+    """Which frames of a video are seen, for transformers' processor and for vLLM's loader."""
+    least, most = limits.frames
+    return {"fps": limits.fps, "min_frames": least, "max_frames": most}
 
 
 def vllm_arguments(limits: Limits, images: int, videos: int) -> dict[str, dict]:
-    """vLLM's arguments of these names.
-
-    Args:
-        images, videos: most of them in a request.
-    """
+    """vLLM's arguments of these names; `images`, `videos`: most of them in a request."""
     return {
         "limit_mm_per_prompt": {"image": images, "video": videos},
         "mm_processor_kwargs": {
-            "images_kwargs": {"size": limits.image_size},
-            "videos_kwargs": {"size": limits.video_size},
+            "images_kwargs": {"size": image_size(limits)},
+            "videos_kwargs": {"size": frame_size(limits)},
         },
-        "media_io_kwargs": {"video": limits.sampling},
+        "media_io_kwargs": {"video": frame_sampling(limits)},
     }
 
 

@@ -1,22 +1,17 @@
 """Answers from a checkpoint on this machine, by our own generation with a KV cache."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
 import torch
 
-from serve.conversation import (
-    NO_THOUGHT,
-    THINK,
-    Answer,
-    Sampling,
-    UsageError,
-    without_thoughts,
-)
+from serve.conversation import NO_THOUGHT, THINK, Answer, Sampling, without_thoughts
+from serve.usage import UsageError
 from vlm.checkpoint import load_model
 from vlm.data.collate import collate
+from vlm.data.limits import Limits
 from vlm.data.processor import Example, Processor
 from vlm.data.schema import BadSample, Message, Sample, check_sample
 from vlm.generate import generate
@@ -28,22 +23,22 @@ WINDOW = 16
 class Local:
     """A checkpoint directory as a backend; bfloat16 on a GPU, float32 on a CPU."""
 
-    def __init__(self, folder: Path, limits: dict) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        limits: Limits = Limits(),  # noqa: B008 - frozen
+    ) -> None:
         """
         Args:
-            limits: options of `Processor` that bound images and videos.
+            limits: on images and videos.
 
         Raises:
             ConfigError, CheckpointError: the directory holds no model that can be read.
-            UsageError: limits that contradict each other.
         """
         self.folder, self.limits = folder, limits
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
-        try:
-            self.processor = Processor.from_pretrained(folder, **limits)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
+        self.processor = Processor.from_pretrained(folder, limits)
         self.model = load_model(folder, dtype, self.device).eval()
 
     def identity(self) -> dict:
@@ -51,7 +46,7 @@ class Local:
         return {
             "model": str(self.folder.resolve()),
             "weights_modified": max(weights),
-            "limits": self.limits,
+            "limits": asdict(self.limits),
         }
 
     def check_thinking(self) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 import yaml
 
 from serve.export_files import STOCK_WARNING, Format
-from serve.limits import Limits
 from vlm.config import VLMConfig
 from vlm.cost import parameter_counts
+from vlm.data.limits import Limits
 from vlm.hf_config import read_json
 
 MAX_STAGES = 20

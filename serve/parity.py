@@ -95,7 +95,7 @@ def run(
 ) -> list[Row]:
     """A row per request and engine; each engine has the memory for itself."""
     limits = read_limits(folder)
-    processor = Processor.from_pretrained(folder, **asdict(limits))
+    processor = Processor.from_pretrained(folder, limits)
     ours = our_views(folder, samples, processor, dtype, new)
     rows = []
     for engine in engines:

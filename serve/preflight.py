@@ -13,7 +13,8 @@ import sys
 from math import prod
 from pathlib import Path
 
-from serve.serve_config import ServeConfig, UsageError
+from serve.serve_config import ServeConfig
+from serve.usage import UsageError
 from serve.vllm_env import vllm_environment
 from vlm.checkpoint import CheckpointError, TensorReader
 from vlm.config import VLMConfig

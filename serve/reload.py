@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from serve.export_files import Format
-from serve.limits import Limits
 from serve.witness import hf_logits, our_logits
 from vlm.checkpoint import CheckpointError, load_model
 from vlm.config import VLMConfig
+from vlm.data.limits import Limits
 from vlm.data.processor import Example, Processor
 from vlm.data.schema import IMAGE_TAG, Message, Sample
 
@@ -29,8 +29,7 @@ def check_reload(source: Path, exported: Path, limits: Limits, format: Format) -
 
     One model at a time is in memory, in the export's dtype, on a GPU where there is one.
     """
-    bounds = {"min_pixels": limits.min_pixels, "max_pixels": limits.max_pixels}
-    processor = Processor.from_pretrained(source, **bounds)
+    processor = Processor.from_pretrained(source, limits)
     samples = (text_sample(), image_sample())
     examples = [processor.prompt(sample) for sample in samples]
     if format == "hf":

@@ -12,33 +12,14 @@ from typing import Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from vlm.data.processor import (
-    FPS,
-    FPS_MAX_FRAMES,
-    FPS_MIN_FRAMES,
-    MAX_PIXELS,
-    MIN_PIXELS,
-    VIDEO_MAX_PIXELS,
-    VIDEO_MIN_PIXELS,
-    check_video_limits,
-)
+from serve.limits import vllm_arguments
+from serve.usage import UsageError
+from vlm.data.limits import Limits, environment_limits
 
-ENVIRONMENT = {
-    "MAX_PIXELS": "max_pixels",
-    "VIDEO_MAX_PIXELS": "video_max_pixels",
-    "FPS_MAX_FRAMES": "fps_max_frames",
-}
-"""Variables of the recipe that set a default, and the option that each sets."""
 API_KEY = "VLLM_API_KEY"
 """The variable that vLLM takes its key from: an environment is private, a command line is not."""
-
-
 HELP = f"""Serve a model through vLLM with the recipe's limits. `--api_key KEY`, or {API_KEY}
 in the environment, asks clients for a key. What follows `--` goes to vLLM as it is."""
-
-
-class UsageError(ValueError):
-    """An option, a model or a machine that cannot be used; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +29,13 @@ class ServeConfig:
     model: Path
     """Directory of an exported model."""
 
-    max_pixels: int = MAX_PIXELS
+    max_pixels: int = Limits.max_pixels
     """Of an image; larger ones are scaled down."""
-    video_max_pixels: int = VIDEO_MAX_PIXELS
+    video_max_pixels: int = Limits.video_max_pixels
     """Of each frame."""
-    fps: float = FPS
+    fps: float = Limits.fps
     """Frames sampled per second of video."""
-    fps_max_frames: int = FPS_MAX_FRAMES
+    fps_max_frames: int = Limits.fps_max_frames
     """Most frames of a video."""
     max_images: int = 5
     """Most images of a request; more are answered with HTTP 400."""
@@ -125,10 +106,8 @@ class ServeConfig:
             raise UsageError(
                 f"gpu_memory_utilization is {self.gpu_memory_utilization}; it is a share of 1"
             )
-        if self.max_pixels < MIN_PIXELS:
-            raise UsageError(f"max_pixels {self.max_pixels} is below {MIN_PIXELS}, the least")
         try:
-            check_video_limits(self.fps, self.fps_max_frames, self.video_max_pixels)
+            Limits.of(self)
         except ValueError as error:
             raise UsageError(str(error)) from None
         if not 0 <= self.node_rank < self.nnodes:
@@ -172,11 +151,13 @@ def parse(arguments: list[str]) -> ServeConfig:
     )
     parser.add_argument("--config", action="config", help="YAML file of options")
     parser.add_class_arguments(ServeConfig, as_positional=True, skip={"api_key"})
-    parser.set_defaults(environment_defaults())
     try:
+        parser.set_defaults(environment_limits())
         options = parser.parse_args(arguments[:cut]).as_dict()
     except ArgumentError as error:
         raise UsageError(" ".join(str(error).split())) from None
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     options.pop("config", None)
     options["extra"] = [*options["extra"], *arguments[cut + 1 :]]
     return ServeConfig(**options, api_key=key)
@@ -201,18 +182,6 @@ def take_api_key(arguments: list[str]) -> tuple[str | None, list[str]]:
     return key or None, others
 
 
-def environment_defaults() -> dict[str, int]:
-    """Options whose defaults the environment sets."""
-    defaults = {}
-    for variable, option in ENVIRONMENT.items():
-        if variable in os.environ:
-            try:
-                defaults[option] = int(os.environ[variable])
-            except ValueError:
-                raise UsageError(f"{variable}={os.environ[variable]!r} is not a number") from None
-    return defaults
-
-
 def vllm_command(config: ServeConfig, cpu: bool) -> list[str]:
     """The `vllm serve` command with the config's limits, in the flags of vLLM 0.32.
 
@@ -220,14 +189,7 @@ def vllm_command(config: ServeConfig, cpu: bool) -> list[str]:
     computes in float32 unless told otherwise (few processors multiply bfloat16 fast) and without
     compiled graphs.
     """
-    image_size = {"shortest_edge": MIN_PIXELS, "longest_edge": config.max_pixels}
-    # transformers' own least for a frame lies above the recipe's most
-    video_size = {"shortest_edge": VIDEO_MIN_PIXELS, "longest_edge": config.video_max_pixels}
-    sampling = {
-        "fps": config.fps,
-        "max_frames": config.fps_max_frames,
-        "min_frames": min(FPS_MIN_FRAMES, config.fps_max_frames),
-    }
+    media = vllm_arguments(Limits.of(config), config.max_images, config.max_videos)
     flags = {
         "served-model-name": config.served_model_name,
         "host": config.host,
@@ -235,12 +197,7 @@ def vllm_command(config: ServeConfig, cpu: bool) -> list[str]:
         "max-model-len": config.max_model_len,
         "gpu-memory-utilization": config.gpu_memory_utilization,
         "dtype": "float32" if cpu and config.dtype == "auto" else config.dtype,
-        "limit-mm-per-prompt": {"image": config.max_images, "video": config.max_videos},
-        "mm-processor-kwargs": {
-            "images_kwargs": {"size": image_size},
-            "videos_kwargs": {"size": video_size},
-        },
-        "media-io-kwargs": {"video": sampling},
+        **{name.replace("_", "-"): value for name, value in media.items()},
         "override-generation-config": {"max_new_tokens": config.max_new_tokens},
     }
     parallel = {

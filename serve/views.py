@@ -95,7 +95,7 @@ def transformers_views(
     settings = GenerationConfig(max_new_tokens=new, do_sample=False, pad_token_id=0)
     views = []
     for sample in samples:
-        inputs = hf_processor_inputs(hf_processor, sample, processor.reader.fps)
+        inputs = hf_processor_inputs(hf_processor, sample, processor.limits.fps)
         ids = inputs["input_ids"][0]
         grids, pixels = media_in_order(inputs, ids, processor.config)
         positions = torch.arange(len(ids)).expand(3, -1)

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from serve.limits import Limits, vllm_arguments
+from serve.limits import vllm_arguments
 from serve.request import request_messages
 from serve.views import TOP, View, device
 from serve.vllm_env import is_cpu, vllm_environment
+from vlm.data.limits import Limits
 from vlm.data.schema import Sample
 
 MAX_IMAGES, MAX_VIDEOS = 5, 2

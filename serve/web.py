@@ -24,7 +24,6 @@ from serve.conversation import (
     THINK_END,
     EndpointError,
     Sampling,
-    UsageError,
     check_image,
     check_video,
     question,
@@ -32,6 +31,7 @@ from serve.conversation import (
 )
 from serve.endpoint import Endpoint
 from serve.request import TAG
+from serve.usage import UsageError
 from vlm.data.schema import BadSample, Message, Sample, check_sample
 
 THINKING = {"auto": None, "on": True, "off": False}

@@ -19,7 +19,12 @@ MAY_IMPORT = {
 }
 # The few places that meet transformers; the model itself is torch and nothing else.
 MAY_IMPORT_TRANSFORMERS = ("vlm/graft/verify.py", "vlm/hf/", "vlm/vllm_model.py")
-MAY_IMPORT_VLLM = ("vlm/vllm_plugin.py", "vlm/vllm_model.py", "serve/vllm_view.py")
+MAY_IMPORT_VLLM = (
+    "vlm/vllm_plugin.py",
+    "vlm/vllm_model.py",
+    "vlm/vllm_media.py",
+    "serve/vllm_view.py",
+)
 
 
 def python_files(room: str) -> list[Path]:

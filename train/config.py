@@ -3,7 +3,6 @@
 Flags keep the recipe's names. An unknown or mistyped key is an error, never ignored.
 """
 
-import os
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,21 +11,7 @@ from typing import Literal
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from vlm.data.processor import (
-    FPS,
-    FPS_MAX_FRAMES,
-    MAX_PIXELS,
-    MIN_PIXELS,
-    VIDEO_MAX_PIXELS,
-    check_video_limits,
-)
-
-ENVIRONMENT = {
-    "MAX_PIXELS": "max_pixels",
-    "VIDEO_MAX_PIXELS": "video_max_pixels",
-    "FPS_MAX_FRAMES": "fps_max_frames",
-}
-"""Variables of the recipe that set a default, and the option that each sets."""
+from vlm.data.limits import Limits, environment_limits
 
 
 class UsageError(ValueError):
@@ -83,13 +68,13 @@ class TrainConfig:
     """Tokens of a sample."""
     truncation: Literal["delete", "left", "right"] = "delete"
     """What is done to a longer one: dropped and recorded, or its text cut (never its media)."""
-    min_pixels: int = MIN_PIXELS
-    max_pixels: int = MAX_PIXELS
-    video_max_pixels: int = VIDEO_MAX_PIXELS
+    min_pixels: int = Limits.min_pixels
+    max_pixels: int = Limits.max_pixels
+    video_max_pixels: int = Limits.video_max_pixels
     """Of each frame."""
-    fps: float = FPS
+    fps: float = Limits.fps
     """Frames sampled per second of video."""
-    fps_max_frames: int = FPS_MAX_FRAMES
+    fps_max_frames: int = Limits.fps_max_frames
     """Most frames of a video."""
     max_bad_fraction: float = 0.01
     """Share of bad samples that stops the run."""
@@ -125,10 +110,8 @@ class TrainConfig:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0")
         if not 0 <= self.warmup_ratio < 1:
             raise UsageError(f"warmup_ratio is {self.warmup_ratio}; it must be in 0..1")
-        if self.min_pixels > self.max_pixels:
-            raise UsageError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
         try:
-            check_video_limits(self.fps, self.fps_max_frames, self.video_max_pixels)
+            Limits.of(self)
         except ValueError as error:
             raise UsageError(str(error)) from None
         if self.freeze_vit and self.freeze_aligner and self.freeze_llm:
@@ -149,25 +132,15 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
         "--dataset", type=Path, nargs="+", required=True, help="JSONL files, one sample a line"
     )
     parser.add_class_arguments(TrainConfig, skip={"dataset"})
-    parser.set_defaults(environment_defaults())
     try:
+        parser.set_defaults(environment_limits())
         options = parser.parse_args(arguments).as_dict()
     except ArgumentError as error:
         raise UsageError(_explain(error)) from None
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     options.pop("config", None)
     return TrainConfig(**options)
-
-
-def environment_defaults() -> dict[str, int]:
-    """Options whose defaults the environment sets."""
-    defaults = {}
-    for variable, option in ENVIRONMENT.items():
-        if variable in os.environ:
-            try:
-                defaults[option] = int(os.environ[variable])
-            except ValueError:
-                raise UsageError(f"{variable}={os.environ[variable]!r} is not a number") from None
-    return defaults
 
 
 def _explain(error: ArgumentError) -> str:

@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from train.config import ENVIRONMENT, TrainConfig, UsageError, environment_defaults, parse
+from train.config import TrainConfig, UsageError, parse
 from train.engine import check_engine, start_engine
 from train.freeze import banner, freeze, trained_parts
 from train.metrics import Log, Window
@@ -26,6 +26,7 @@ from vlm.checkpoint import CheckpointError, load_model
 from vlm.cost import sample_flops
 from vlm.data.index import DataError, build_index
 from vlm.data.ledger import Ledger, TooManyBadSamples
+from vlm.data.limits import ENVIRONMENT, Limits, environment_limits
 from vlm.data.loader import StepDataset, make_loader
 from vlm.data.plan import batches_per_epoch
 from vlm.data.processor import Processor
@@ -47,11 +48,7 @@ def train(config: TrainConfig, world: World) -> None:
     # ---- data: measured once, by the first rank; the plan follows from the measures
     processor = Processor.from_pretrained(
         model_dir,
-        min_pixels=config.min_pixels,
-        max_pixels=config.max_pixels,
-        video_max_pixels=config.video_max_pixels,
-        fps=config.fps,
-        fps_max_frames=config.fps_max_frames,
+        Limits.of(config),
         max_length=config.max_length,
         truncation=config.truncation,
     )
@@ -174,7 +171,7 @@ def _warm_up(model, dataset: StepDataset, world: World) -> None:
 
 
 def _introduction(config, world: World, progress, good: int, bad: int, total_steps: int) -> str:
-    defaults = environment_defaults().items()
+    defaults = environment_limits().items()
     in_force = [option for option, value in defaults if getattr(config, option) == value]
     set_by = {v: o for v, o in ENVIRONMENT.items() if o in in_force}
     verb = "resuming" if progress.step else "starting"

@@ -45,7 +45,7 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=Path, required=True)
     options = parser.parse_args()
     samples, truths = held_out(options.data)
-    local = dict(Local(options.model, {}).ask_many(samples, SAMPLING, QUESTIONS))
+    local = dict(Local(options.model).ask_many(samples, SAMPLING, QUESTIONS))
     config = ServeConfig(
         model=options.export,
         port=free_port(),

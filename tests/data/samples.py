@@ -7,14 +7,16 @@ import numpy as np
 from PIL import Image
 
 from vlm.data.formats.messages import parse_row
+from vlm.data.limits import Limits
 from vlm.data.processor import Processor
 from vlm.data.schema import Sample
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
-def processor(**options) -> Processor:
-    return Processor.from_pretrained(GOLDEN / "model", **options)
+def processor(max_length=None, truncation="delete", **limits) -> Processor:
+    options = {"max_length": max_length, "truncation": truncation}
+    return Processor.from_pretrained(GOLDEN / "model", Limits(**limits), **options)
 
 
 def user(content) -> dict:

@@ -13,6 +13,7 @@ import torch
 
 from vlm.data.collate import collate
 from vlm.data.formats.messages import parse_row
+from vlm.data.limits import Limits
 from vlm.data.processor import Processor
 from vlm.data.schema import BadSample
 from vlm.vision import IMAGE_MEAN, IMAGE_STD
@@ -55,8 +56,9 @@ def sample_of(name, row):
 def processor(**options):
     if "truncation_strategy" in options:
         options["truncation"] = options.pop("truncation_strategy")
-    options = {k: v for k, v in options.items() if k in ("max_length", "max_pixels", "truncation")}
-    return Processor.from_pretrained(GOLDEN / "model", **options)
+    limits = Limits(max_pixels=options.get("max_pixels", Limits.max_pixels))
+    options = {k: v for k, v in options.items() if k in ("max_length", "truncation")}
+    return Processor.from_pretrained(GOLDEN / "model", limits, **options)
 
 
 def encode(case):

@@ -12,10 +12,11 @@ from PIL import Image
 from tests.data.samples import processor, row, write_image, write_jsonl
 from tests.data.videos import write_clips, write_video
 from tests.train.runs import log_of, run_plain, write_hybrid
-from train.config import TrainConfig, UsageError, environment_defaults, parse
+from train.config import TrainConfig, UsageError, parse
 from vlm.data.collate import collate
 from vlm.data.formats.messages import parse_row
 from vlm.data.index import build_index
+from vlm.data.limits import environment_limits
 from vlm.data.schema import BadSample
 
 
@@ -207,7 +208,7 @@ def test_the_environment_sets_limits_that_yield_to_the_command_line(monkeypatch)
     required = ["--model", "m", "--dataset", "d.jsonl", "--output_dir", "o"]
     monkeypatch.setenv("VIDEO_MAX_PIXELS", "100352")
     monkeypatch.setenv("FPS_MAX_FRAMES", "32")
-    assert environment_defaults() == {"video_max_pixels": 100352, "fps_max_frames": 32}
+    assert environment_limits() == {"video_max_pixels": 100352, "fps_max_frames": 32}
     config = parse([*required, "--fps_max_frames", "8"])
     assert (config.video_max_pixels, config.fps_max_frames, config.fps) == (100352, 8, 2.0)
 

@@ -77,7 +77,7 @@ def test_a_batch_of_a_checkpoint(folder, tmp_path, capsys):
     assert "damaged.jpg" in answers["in.jsonl:6"]["error"]
     assert answers["in.jsonl:1"]["label"] == "a square" and "label" not in answers["in.jsonl:8"]
 
-    local, sampling = Local(folder, {}), Sampling(max_new_tokens=5)
+    local, sampling = Local(folder), Sampling(max_new_tokens=5)
     alone = {
         1: Sample("x", (Message("user", "<image>what is it?"),), (tmp_path / "here.png",)),
         2: Sample("x", (Message("user", rows[1]["messages"][0]["content"]),)),

@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 
 from serve.chat import main
-from serve.conversation import NO_THOUGHT, Sampling, UsageError, question, reply
+from serve.conversation import NO_THOUGHT, Sampling, question, reply
 from serve.endpoint import Endpoint
 from serve.local import Local
 from serve.request import image_uri, request_messages
 from serve.terminal import DIM, PLAIN, Chat, Printer
+from serve.usage import UsageError
 from tests.data.videos import write_video
 from tests.serve.fake_endpoint import serving
 from tests.serve.processes import free_port
@@ -43,7 +44,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def local(folder):
-    return Local(folder, {})
+    return Local(folder)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +171,7 @@ def test_an_answer_says_whether_it_was_cut_off(local):
     batch = collate([local.prompt(conversation, None)], local.model.config)
     (ids,) = generate(local.model, batch, max_new_tokens=20, stop_ids=())
     count = next(n for n, token in enumerate(ids) if token != ids[0])
-    stopping = Local(local.folder, {})
+    stopping = Local(local.folder)
     stopping.processor.stop_ids = (ids[count],)
     found = [
         stopping.ask(conversation, Sampling(max_new_tokens=room), lambda text: None)
@@ -278,7 +279,7 @@ def test_ctrl_c_stops_an_answer_and_not_the_conversation():
         (["MODEL", "--prompt", "<|image_pad|>"], "in its text"),
         (
             ["MODEL", "--prompt", "x", "--max_pixels", "10"],
-            "min_pixels 3136 is above max_pixels 10",
+            "max_pixels 10 is below min_pixels 3136",
         ),
         (["MODEL", "--prompt", "x", "--api_key", "k"], "--api_key is for an endpoint"),
         (["MODEL", "--prompt", "x", "--top_p", "0"], "top_p is 0.0"),
@@ -316,7 +317,7 @@ def test_several_models_are_named_and_not_guessed():
 def test_the_recipes_variables_bound_images_and_yield_to_flags(folder, monkeypatch, capsys):
     monkeypatch.setenv("MAX_PIXELS", "10")
     assert main([str(folder), "--prompt", "x"]) == 2
-    assert "above max_pixels 10" in capsys.readouterr().err
+    assert "max_pixels 10 is below" in capsys.readouterr().err
     flags = ["--max_pixels", "4000", "--max_new_tokens", "1"]
     assert main([str(folder), "--prompt", "x", *flags]) == 0
     monkeypatch.setenv("MAX_PIXELS", "many")

@@ -20,7 +20,8 @@ import yaml
 import serve.launch
 from serve.launch import ServerError, main, running_server
 from serve.preflight import GIB, check_gpus
-from serve.serve_config import ServeConfig, UsageError, parse, vllm_command
+from serve.serve_config import ServeConfig, parse, vllm_command
+from serve.usage import UsageError
 from serve.vllm_env import vllm_environment
 from tests.serve.processes import ROOT, Launcher, command_lines, free_port, living, wait_until
 from tests.tiny import write_hybrid, write_llm_donor
@@ -37,7 +38,7 @@ RECIPE = [
     "--mm-processor-kwargs",
     '{"images_kwargs":{"size":{"shortest_edge":3136,"longest_edge":1003520}},'
     '"videos_kwargs":{"size":{"shortest_edge":12544,"longest_edge":50176}}}',
-    *("--media-io-kwargs", '{"video":{"fps":2.0,"max_frames":12,"min_frames":4}}'),
+    *("--media-io-kwargs", '{"video":{"fps":2.0,"min_frames":4,"max_frames":12}}'),
     *("--override-generation-config", '{"max_new_tokens":2048}'),
 ]
 
@@ -198,8 +199,8 @@ def test_vllms_own_parser_reads_the_command_as_it_is_meant(model):
         (["--max_images", "-1"], "max_images is -1"),
         (["--port", "0"], "port is 0"),
         (["--gpu_memory_utilization", "90"], "gpu_memory_utilization is 90"),
-        (["--video_max_pixels", "784"], "video_max_pixels 784"),
-        (["--max_pixels", "784"], "max_pixels 784 is below 3136"),
+        (["--video_max_pixels", "784"], "video_max_pixels 784 is below video_min_pixels 12544"),
+        (["--max_pixels", "784"], "max_pixels 784 is below min_pixels 3136"),
         (["--nnodes", "2"], "master_addr"),
         (["--nnodes", "2", "--master_addr", "a", "--node_rank", "2"], "node_rank is 2"),
         (["--nnodes", "2", "--master_addr", "a"], "2 machines cannot share evenly"),

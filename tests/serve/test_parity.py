@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -84,7 +83,6 @@ def test_stock_vllm_serves_the_stock_format_without_the_plugin(tmp_path):
 CACHED = """
 import sys, torch
 from pathlib import Path
-from dataclasses import asdict
 from serve.limits import read_limits
 from serve.parity import compare
 from serve.parity_requests import built_in_requests
@@ -95,7 +93,7 @@ if __name__ == "__main__":
     folder, samples = Path(sys.argv[1]), built_in_requests()
     limits = read_limits(folder)
     ours = our_views(
-        folder, samples, Processor.from_pretrained(folder, **asdict(limits)), torch.float32, 16)
+        folder, samples, Processor.from_pretrained(folder, limits), torch.float32, 16)
     # a prompt of 1,300 tokens is computed in several steps, and the second time not at all
     vllm = VLLM(folder, limits, torch.float32, max_num_batched_tokens=1408, max_num_seqs=4,
                 enable_chunked_prefill=True, enable_prefix_caching=True, disable_log_stats=False)
@@ -176,7 +174,7 @@ def test_what_transformers_does_otherwise_is_named(good, tmp_path, file, change,
 
 
 def processor_of(folder):
-    return Processor.from_pretrained(folder, **asdict(read_limits(folder)))
+    return Processor.from_pretrained(folder, read_limits(folder))
 
 
 def test_ones_own_data_is_asked_without_its_answers(good, tmp_path, capsys):
@@ -222,6 +220,6 @@ def test_two_processes_that_share_the_layers_answer_as_one(tmp_path):
     samples = built_in_requests()
     with running_server(config) as url:
         served = dict(Endpoint(url).ask_many(samples, sampling, 4))
-    local = dict(Local(folder, {}).ask_many(samples, sampling, 4))
+    local = dict(Local(folder).ask_many(samples, sampling, 4))
     whole = {name: answer.text.rstrip("\ufffd") for name, answer in served.items()}
     assert whole == {name: answer.text.rstrip("\ufffd") for name, answer in local.items()}

@@ -8,8 +8,9 @@ import pytest
 
 import train.sft
 from tests.train.runs import OPTIONS, ROOT, command, environment
-from train.config import TrainConfig, UsageError, environment_defaults, parse
+from train.config import TrainConfig, UsageError, parse
 from train.engine import deepspeed_config
+from vlm.data.limits import environment_limits
 
 
 def run_main(monkeypatch, capsys, setting, out, *flags, **options) -> tuple[int, list[str]]:
@@ -29,7 +30,10 @@ def run_main(monkeypatch, capsys, setting, out, *flags, **options) -> tuple[int,
         (["--lr_scheduler_type", "cosin"], "lr_scheduler_type"),
         (["--warmup_ratio", "1.5"], "warmup_ratio is 1.5; it must be in 0..1"),
         (["--save_steps", "0"], "save_steps is 0; it must be above 0"),
-        (["--min_pixels", "5000", "--max_pixels", "4000"], "min_pixels 5000 is above max_pixels"),
+        (
+            ["--min_pixels", "5000", "--max_pixels", "4000"],
+            "max_pixels 4000 is below min_pixels 5000",
+        ),
         (
             ["--freeze_vit", "true", "--freeze_aligner", "true", "--freeze_llm", "true"],
             "nothing to",
@@ -88,7 +92,7 @@ def test_max_pixels_of_the_environment_yields_to_the_command_line(monkeypatch, t
     required = ["--config", str(file)]
     assert parse(required).max_pixels == 1003520
     monkeypatch.setenv("MAX_PIXELS", "50176")
-    assert environment_defaults() == {"max_pixels": 50176}
+    assert environment_limits() == {"max_pixels": 50176}
     assert parse(required).max_pixels == 50176
     assert parse([*required, "--max_pixels", "100352"]).max_pixels == 100352
     monkeypatch.setenv("MAX_PIXELS", "many")

@@ -19,6 +19,7 @@ from vlm.data.image import (
     resize,
     smart_resize,
 )
+from vlm.data.limits import Limits
 from vlm.data.schema import IMAGE_TAG, VIDEO_TAG, BadSample, Media, Sample, Video
 from vlm.data.video import (
     BadVideo,
@@ -53,14 +54,7 @@ class MediaReader:
     """Reads media within limits."""
 
     vision: VisionConfig
-    image_pixels: tuple[int, int]
-    """Least and most pixels of an image."""
-    video_pixels: tuple[int, int]
-    """Least and most pixels of a frame."""
-    fps: float
-    """Frames sampled per second of video."""
-    frames: tuple[int, int]
-    """Least and most frames sampled of a video."""
+    limits: Limits
 
     def measure(self, sample: Sample) -> list[Medium]:
         """Images and videos in order of appearance, from headers; BadSample names a bad one."""
@@ -91,16 +85,18 @@ class MediaReader:
         return media, torch.cat(patches)
 
     def _image(self, source: Media) -> Medium:
-        size = self._target_size(*header_size(source), self.image_pixels)
+        size = self._target_size(*header_size(source), self.limits.image_pixels)
         return Medium(source, self._grid(1, *size))
 
     def _video(self, source: Video) -> Medium:
-        info = video_info(source, self.fps)
-        if isinstance(source, tuple) and len(source) <= self.frames[1]:
+        info = video_info(source, self.limits.fps)
+        if isinstance(source, tuple) and len(source) <= self.limits.fps_max_frames:
             frames = range(len(source))  # sampled already
         else:
-            frames = sample_indices(info, self.fps, *self.frames, self.vision.temporal_patch_size)
-        size = self._target_size(info.height, info.width, self.video_pixels)
+            frames = sample_indices(
+                info, self.limits.fps, *self.limits.frames, self.vision.temporal_patch_size
+            )
+        size = self._target_size(info.height, info.width, self.limits.frame_pixels)
         medium = Medium(source, self._grid(len(frames), *size), info, tuple(frames))
         return replace(medium, seconds=self._seconds(medium, len(frames)))
 
@@ -110,7 +106,7 @@ class MediaReader:
         size = (medium.grid[1] * side, medium.grid[2] * side)
         if medium.info is None:
             pixels = load_image(medium.source)
-            if self._target_size(*pixels.shape[:2], self.image_pixels) != size:
+            if self._target_size(*pixels.shape[:2], self.limits.image_pixels) != size:
                 raise BadImage(f"{describe(medium.source)} has a header that lies of its size")
             return medium, resize(pixels, *size)
         pixels = load_frames(medium.source, medium.frames, *size)

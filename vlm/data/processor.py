@@ -12,19 +12,13 @@ from torch import Tensor
 from vlm.checkpoint import CheckpointError
 from vlm.config import VLMConfig
 from vlm.data.chat import DEFAULT_SYSTEM, Span, render, render_prompt
+from vlm.data.limits import Limits
 from vlm.data.media import TAGS, Grid, MediaReader, Medium
 from vlm.data.schema import IMAGE_TAG, VIDEO_TAG, BadSample, Sample
 from vlm.hf_config import read_config, read_json
 from vlm.rope import mrope_positions
 from vlm.vision import IMAGE_MEAN, IMAGE_STD
 
-MIN_PIXELS, MAX_PIXELS = 3136, 1003520
-VIDEO_MIN_PIXELS, VIDEO_MAX_PIXELS = 12544, 50176
-"""Of each frame."""
-FPS, FPS_MIN_FRAMES, FPS_MAX_FRAMES = 2.0, 4, 12
-"""Frames sampled per second of video, and the least and most of a video."""
-MOST_FPS, MOST_FRAMES = 30, 768
-"""A vLLM server samples no more, whatever it is asked for."""
 IGNORED = -100
 MEDIA_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 Truncation = Literal["delete", "left", "right"]
@@ -72,32 +66,18 @@ class Processor:
         config: VLMConfig,
         tokenizer: Tokenizer,
         stop_ids: tuple[int, ...],
+        limits: Limits = Limits(),  # noqa: B008 - frozen
         *,
-        min_pixels: int = MIN_PIXELS,
-        max_pixels: int = MAX_PIXELS,
-        video_min_pixels: int = VIDEO_MIN_PIXELS,
-        video_max_pixels: int = VIDEO_MAX_PIXELS,
-        fps: float = FPS,
-        fps_max_frames: int = FPS_MAX_FRAMES,
         max_length: int | None = None,
         truncation: Truncation = "delete",
         default_system: str = DEFAULT_SYSTEM,
     ) -> None:
         if truncation not in get_args(Truncation):
             raise ValueError(f"truncation {truncation!r} is not one of {get_args(Truncation)}")
-        if min_pixels > max_pixels:
-            raise ValueError(f"min_pixels {min_pixels} is above max_pixels {max_pixels}")
-        check_video_limits(fps, fps_max_frames, video_max_pixels, video_min_pixels)
         tokenizer.no_truncation()  # what tokenizer.json may say of lengths is not ours
         tokenizer.no_padding()
         self.config, self.tokenizer, self.stop_ids = config, tokenizer, stop_ids
-        self.reader = MediaReader(
-            config.vision,
-            image_pixels=(min_pixels, max_pixels),
-            video_pixels=(video_min_pixels, video_max_pixels),
-            fps=fps,
-            frames=(FPS_MIN_FRAMES, fps_max_frames),
-        )
+        self.limits, self.reader = limits, MediaReader(config.vision, limits)
         self.max_length, self.truncation = max_length, truncation
         self.default_system = default_system
         ids = (config.vision_start_token_id, config.vision_end_token_id)
@@ -112,7 +92,12 @@ class Processor:
                 )
 
     @classmethod
-    def from_pretrained(cls, model_dir: Path | str, **options) -> "Processor":
+    def from_pretrained(
+        cls,
+        model_dir: Path | str,
+        limits: Limits = Limits(),  # noqa: B008 - frozen
+        **options,
+    ) -> "Processor":
         """The processor of a checkpoint directory; options as in the constructor.
 
         Raises:
@@ -126,7 +111,8 @@ class Processor:
         if settings.exists():
             _check_normalisation(read_json(settings), settings)
         tokenizer = Tokenizer.from_file(str(path))
-        return cls(read_config(folder), tokenizer, _stop_ids(folder, tokenizer), **options)
+        stop_ids = _stop_ids(folder, tokenizer)
+        return cls(read_config(folder), tokenizer, stop_ids, limits, **options)
 
     def encode(self, sample: Sample) -> Example:
         """A training example; BadSample where nothing can be learnt from it."""
@@ -225,18 +211,6 @@ class Processor:
         cut = set(text[:excess] if self.truncation == "left" else text[len(text) - excess :])
         kept = [row for row in range(len(ids)) if row not in cut]
         return [ids[row] for row in kept], [weights[row] for row in kept]
-
-
-def check_video_limits(
-    fps: float, max_frames: int, max_pixels: int, min_pixels: int = VIDEO_MIN_PIXELS
-) -> None:
-    """ValueError where a server could not keep to the same limits, or nobody could."""
-    if not 0 < fps <= MOST_FPS:
-        raise ValueError(f"fps is {fps}; it must be above 0 and at most {MOST_FPS}")
-    if not 2 <= max_frames <= MOST_FRAMES:
-        raise ValueError(f"fps_max_frames is {max_frames}; it must be in 2..{MOST_FRAMES}")
-    if min_pixels > max_pixels:
-        raise ValueError(f"video_max_pixels {max_pixels} is below {min_pixels}, a frame's least")
 
 
 def _stop_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
