@@ -148,7 +148,7 @@ def build_page(endpoint: Endpoint) -> gr.Blocks:
     return page
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python serve/web.py", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("url", help="a server, with or without /v1")
@@ -156,7 +156,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--api_key", help="default: OPENAI_API_KEY")
     parser.add_argument("--model_name", help="default: the one that the server has")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is deleted
     with tempfile.TemporaryDirectory(prefix="graftvl-web-") as uploads:

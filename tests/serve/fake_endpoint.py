@@ -91,6 +91,9 @@ class Handler(BaseHTTPRequestHandler):
         known = {"say": rest, "hang": "wait", "break": "wait", "tag": "an <image> tag"}
         words = known.get(kind, f"saw {len(media)} media")
         words = words.split(" ")
+        if not request.get("stream"):
+            message = {"role": "assistant", "content": " ".join(words)}
+            return self._json(200, self._completion(message=message, finish_reason="stop"))
         room = request["max_tokens"]
         chunks = [{"content": word if i == 0 else f" {word}"} for i, word in enumerate(words)]
         if kind == "think":
@@ -112,10 +115,17 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"data: [DONE]\n\n")
 
     def _event(self, choice: dict) -> None:
-        event = {"id": "x", "object": "chat.completion.chunk", "created": 0, "model": MODELS[0]}
-        event["choices"] = [{"index": 0, **choice}]
-        self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+        self.wfile.write(f"data: {json.dumps(self._completion(**choice))}\n\n".encode())
         self.wfile.flush()
+
+    def _completion(self, **choice) -> dict:
+        return {
+            "id": "x",
+            "object": "chat.completion.chunk",
+            "created": 0,
+            "model": MODELS[0],
+            "choices": [{"index": 0, **choice}],
+        }
 
     def _authorised(self) -> bool:
         if self.headers.get("Authorization") == f"Bearer {API_KEY}":

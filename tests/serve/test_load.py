@@ -13,7 +13,7 @@ import socket
 import struct
 import urllib.request
 import zlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -99,7 +99,7 @@ def ask_for(sample: Sample, number: int) -> Sample:
 
 def own_answers(folder: Path, samples: list[Sample]) -> list[str]:
     """By our own generation."""
-    processor = Processor.from_pretrained(folder, **asdict(read_limits(folder)))
+    processor = Processor.from_pretrained(folder, read_limits(folder))
     ours = load_model(folder, torch.float32, "cpu").eval()
     answers = []
     for start in range(0, len(samples), 8):
