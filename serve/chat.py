@@ -14,8 +14,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
+from serve.api_key import API_KEY, hide_api_key
 from serve.batch import run_batch
 from serve.conversation import Backend, EndpointError, Sampling, check_image, check_video
+from serve.source import find_model, limits_of
 from serve.terminal import Chat, Printer, converse
 from serve.usage import UsageError
 from vlm.checkpoint import CheckpointError
@@ -24,7 +26,7 @@ from vlm.data.schema import BadSample
 from vlm.hf_config import ConfigError
 
 THINKING = {"true": True, "false": False, "auto": None}
-LIMITS = ("min_pixels", "max_pixels", "video_max_pixels", "fps", "fps_max_frames")
+LIMITS = tuple(field.name for field in fields(Limits))
 """Options that bound images and videos."""
 OF_ENDPOINTS = ("api_key", "model_name", "timeout")
 
@@ -58,7 +60,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     variables = {name: variable for variable, name in ENVIRONMENT.items()}
     for name in LIMITS:
         kind = float if name == "fps" else int
-        help_text = f"default: {variables[name]}, or the recipe's" if name in variables else None
+        help_text = f"default: {variables[name]}, or the model's own" if name in variables else None
         add(f"--{name}", type=kind, help=help_text)
 
     add = parser.add_argument_group("an endpoint").add_argument
@@ -104,18 +106,19 @@ def open_backend(options: argparse.Namespace) -> Backend:
         return endpoint
     from serve.local import Local
 
-    local = Local(Path(options.model), _limits(options))
+    model = find_model(Path(options.model))
+    local = Local(model, _limits(options, model))
     if options.thinking != "auto":
         local.check_thinking()
     return local
 
 
-def _limits(options: argparse.Namespace) -> Limits:
-    """Flags, then the recipe's environment, then the recipe."""
+def _limits(options: argparse.Namespace, model: Path) -> Limits:
+    """Flags, then the recipe's environment, then the model's own, then the recipe."""
     given = {name: getattr(options, name) for name in LIMITS}
     flags = {name: value for name, value in given.items() if value is not None}
     try:
-        return Limits(**environment_limits() | flags)
+        return Limits(**limits_of(model) | environment_limits() | flags)
     except ValueError as error:
         raise UsageError(str(error)) from None
 
@@ -157,4 +160,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    hide_api_key(API_KEY)
     sys.exit(main())

@@ -23,11 +23,13 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from serve.export_files import STOCK_WARNING, Format, export_config, write_files
-from serve.model_card import model_card, training_stages
+from serve.export_files import STOCK_WARNING, Format, export_config, files_beside
+from serve.model_card import model_card
 from serve.reload import check_reload
-from vlm.checkpoint import COMPANION_FILES, CheckpointError, TensorReader, save_model
+from serve.source import find_model, limits_of, training_stages
+from vlm.checkpoint import CheckpointError, TensorReader, save_model
 from vlm.data.limits import Limits
+from vlm.graft.tokenizer import TOKENIZER_FILES
 from vlm.hf_config import ConfigError, read_config, read_json
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -64,46 +66,31 @@ def export(options: ExportOptions) -> Path:
     if raw["model_type"] != "graft_vl":
         raise ConfigError(f"{source} is a {raw['model_type']} model; a graft_vl one is exported")
     stages = training_stages(source)
-    limits = choose_limits(stages, options.limits or {})
+    try:
+        limits = Limits(**limits_of(source) | (options.limits or {}))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     written_config = export_config(raw, config, options.format)
     if options.dtype:
         written_config["dtype"] = options.dtype
-    card = model_card(options.out.name, source, config, limits, options.format, stages)
+    name = options.push or options.out.name
+    card = model_card(name, source, config, limits, options.format, stages)
+    files = files_beside(source, limits, config, options.format, card)
     unchecked = options.out.with_name(options.out.name + ".unchecked")
     tensors = export_tensors(source, options, written_config)
-    with tempfile.TemporaryDirectory() as folder:
-        for name in COMPANION_FILES:
-            if (source / name).exists():
-                shutil.copyfile(source / name, Path(folder) / name)
-        limit = int(options.max_shard_gb * 1e9)
-        save_model(unchecked, tensors, folder, written_config, limit)
-    write_files(unchecked, limits, config, options.format, card)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for table in TOKENIZER_FILES:
+                if (source / table).exists():
+                    shutil.copyfile(source / table, Path(folder) / table)
+            save_model(unchecked, tensors, folder, written_config, int(options.max_shard_gb * 1e9))
+        for file, text in files.items():
+            (unchecked / file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{options.out} cannot be written: {error.strerror}") from None
     check_reload(source, unchecked, limits, options.format)
     os.replace(unchecked, options.out)
     return options.out
-
-
-def find_model(path: Path) -> Path:
-    """The model's directory in a run, a checkpoint, or the directory itself."""
-    if (path / "config.json").exists():
-        return path
-    if (path / "latest").exists():
-        path = path / (path / "latest").read_text(encoding="utf-8").strip()
-    if (path / "model" / "config.json").exists():
-        return path / "model"
-    raise ConfigError(
-        f"{path} is no run, checkpoint or model: it has neither config.json nor model/ nor latest"
-    )
-
-
-def choose_limits(stages: list[dict], given: dict) -> Limits:
-    """The last stage's limits under those that were given; the recipe's where neither says."""
-    names = {field.name for field in fields(Limits)}
-    trained = stages[-1]["config"] if stages else {}
-    try:
-        return Limits(**{n: trained[n] for n in names if n in trained} | given)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
 
 
 def export_tensors(
@@ -125,12 +112,24 @@ def export_tensors(
 
 
 def push(folder: Path, repository: str, private: bool) -> str:
-    """Upload an export to the hub; returns its address. Needs `hf auth login` or HF_TOKEN."""
-    from huggingface_hub import HfApi
+    """Upload an export to the hub; returns its address. Needs `hf auth login` or HF_TOKEN.
 
-    api = HfApi()
-    url = api.create_repo(repository, private=private, exist_ok=True)
-    api.upload_folder(repo_id=repository, folder_path=folder, commit_message="GraftVL export")
+    Raises:
+        ConfigError: the hub refused, or cannot be reached; the export stays where it is.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        api = HfApi()
+        url = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="GraftVL export")
+    except (HfHubHTTPError, OSError, ValueError) as error:  # connection errors are OSErrors
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(
+            f"{repository} could not be uploaded ({reason}); the export is in {folder}, and "
+            f"`hf upload {repository} {folder}` tries again"
+        ) from None
     return str(url)
 
 
@@ -149,6 +148,8 @@ def parse_arguments(arguments: list[str] | None = None) -> ExportOptions:
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload to this hub repository")
     parser.add_argument("--private", action="store_true", help="a repository made by --push")
     given = vars(parser.parse_args(arguments))
+    if given["max_shard_gb"] <= 0:
+        parser.error("--max_shard_gb must be above 0")
     names = [field.name for field in fields(Limits)]
     limits = {name: given.pop(name) for name in names}
     given["limits"] = {name: value for name, value in limits.items() if value is not None}
@@ -159,14 +160,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         folder = export(options)
+        if options.format == "vllm_stock":
+            print(f"WARNING: {STOCK_WARNING}", file=sys.stderr)
+        print(f"exported to {folder}")
+        if options.push:
+            print(f"uploaded to {push(folder, options.push, options.private)}")
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if options.format == "vllm_stock":
-        print(f"WARNING: {STOCK_WARNING}", file=sys.stderr)
-    print(f"exported to {folder}")
-    if options.push:
-        print(f"uploaded to {push(folder, options.push, options.private)}")
     return 0
 
 

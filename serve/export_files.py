@@ -5,15 +5,16 @@ transformers reads `processor_config.json` alone; vLLM reads how a video is samp
 written and say the same.
 """
 
-import shutil
+import json
 from pathlib import Path
 from typing import Literal
 
 from serve.limits import frame_sampling, frame_size, image_size
-from vlm.checkpoint import CheckpointError, write_json
+from vlm.checkpoint import CheckpointError
 from vlm.config import VLMConfig
 from vlm.data.limits import Limits
-from vlm.graft.tokenizer import load_tokenizer
+from vlm.graft.tokenizer import chat_template, generation_config, load_tokenizer
+from vlm.hf_config import read_json
 from vlm.vision import IMAGE_MEAN, IMAGE_STD
 
 Format = Literal["hf", "vllm_stock"]
@@ -89,27 +90,33 @@ def export_config(raw: dict, config: VLMConfig, format: Format) -> dict:
     }
 
 
-def write_files(folder: Path, limits: Limits, config: VLMConfig, format: Format, card: str) -> None:
-    """Everything but weights, config and tokenizer into an export's folder."""
-    for name, content in processor_files(limits, config, format).items():
-        write_json(folder / name, content)
-    template = folder / "chat_template.jinja"
-    template.write_text(chat_template(folder), encoding="utf-8")
-    (folder / "README.md").write_text(card, encoding="utf-8")
+def files_beside(
+    source: Path, limits: Limits, config: VLMConfig, format: Format, card: str
+) -> dict[str, str]:
+    """File name -> text of all that lies beside the weights, the config and the tokenizer's tables.
+
+    Raises:
+        CheckpointError: the source has no chat template, or a tokenizer without end tokens.
+    """
+    files = {"README.md": card, "chat_template.jinja": template_with_switch(source)}
+    settings = source / "tokenizer_config.json"
+    tokenizer = read_json(settings) if settings.exists() else {}
+    tokenizer.pop("chat_template", None)  # one place for it
+    content = processor_files(limits, config, format) | {
+        # prompts of a batch are padded in front, or their answers would follow the padding
+        "tokenizer_config.json": tokenizer | {"padding_side": "left"},
+        "generation_config.json": generation_config(source),
+    }
+    files |= {name: json.dumps(value, indent=2) + "\n" for name, value in content.items()}
     if format == "hf":
-        for name in CODE_FILES:
-            shutil.copyfile(HF_CODE / name, folder / name)
-    else:
-        (folder / GUARD).write_text(STOCK_WARNING + "\n", encoding="utf-8")
+        return files | {name: (HF_CODE / name).read_text("utf-8") for name in CODE_FILES}
+    return files | {GUARD: STOCK_WARNING + "\n"}
 
 
-def chat_template(folder: Path) -> str:
-    """The folder's template, with Qwen3's switch for thinking where the tokenizer thinks."""
-    path = folder / "chat_template.jinja"
-    if not path.exists():
-        raise CheckpointError(f"{folder} has no chat_template.jinja; take the one of its graft")
-    template = path.read_text(encoding="utf-8")
-    thinks = load_tokenizer(folder).token_to_id("<think>") is not None
+def template_with_switch(source: Path) -> str:
+    """The source's chat template, with Qwen3's switch for thinking where the tokenizer thinks."""
+    template = chat_template(source)
+    thinks = load_tokenizer(source).token_to_id("<think>") is not None
     if thinks and "enable_thinking" not in template:
         template = template.rstrip("\n") + NO_THINKING
     return template

@@ -23,9 +23,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
+from serve.api_key import hide_api_key
 from serve.guard import ORPHANS_SECONDS
 from serve.preflight import check, find_vllm
-from serve.serve_config import API_KEY, ServeConfig, parse, take_api_key, vllm_command
+from serve.serve_config import API_KEY, ServeConfig, parse, vllm_command
 from serve.usage import UsageError
 from serve.vllm_env import is_cpu, vllm_environment
 from vlm.data.limits import ENVIRONMENT
@@ -156,7 +157,7 @@ def introduction(config: ServeConfig) -> str:
     lines = [" ".join([*added, shlex.join(vllm_command(config, is_cpu()))])]
     for variable, option in ENVIRONMENT.items():
         if variable in os.environ:
-            value = getattr(config, option)
+            value = getattr(config.limits, option)
             ruled = "" if str(value) == os.environ[variable] else ", overruled by an option"
             lines.append(f"{option} {value} ({variable}={os.environ[variable]}{ruled})")
     return "\n".join(lines)
@@ -180,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Serve until vLLM ends or a signal comes; returns the exit code."""
     try:
         if arguments is None:
-            _hide_api_key()
+            hide_api_key(API_KEY)
             arguments = sys.argv[1:]
         config = parse(arguments)
         check(config, is_cpu())
@@ -216,14 +217,6 @@ def _catch_signals() -> None:
 
     for number in signals:
         signal.signal(number, interrupt)
-
-
-def _hide_api_key() -> None:
-    """Start anew with the key in the environment; everybody can read a command line."""
-    key, others = take_api_key(sys.argv[1:])
-    if others != sys.argv[1:]:
-        python = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
-        os.execve(sys.executable, [*python, *others], {**os.environ, API_KEY: key or ""})
 
 
 if __name__ == "__main__":

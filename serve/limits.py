@@ -30,7 +30,8 @@ def vllm_arguments(limits: Limits, images: int, videos: int) -> dict[str, dict]:
             "images_kwargs": {"size": image_size(limits)},
             "videos_kwargs": {"size": frame_size(limits)},
         },
-        "media_io_kwargs": {"video": frame_sampling(limits)},
+        # -1: of a list of frames every one, where vLLM would take 32
+        "media_io_kwargs": {"video": frame_sampling(limits) | {"num_frames": -1}},
     }
 
 

@@ -1,14 +1,11 @@
 """The model card of an export: what it is, how it was trained, on what, and what it cannot do.
 
 Facts come from files that are there: the graft's report, and for each stage the run's
-`config.yaml`, `log.jsonl` and `trainer.json`. A checkpoint lies in its run's directory, whose
-config names the model that it began with, so the stages can be followed back to the graft.
+`config.yaml`, `log.jsonl` and `trainer.json` (`serve/source.py`).
 """
 
-import json
+from importlib.metadata import version
 from pathlib import Path
-
-import yaml
 
 from serve.export_files import STOCK_WARNING, Format
 from vlm.config import VLMConfig
@@ -16,7 +13,6 @@ from vlm.cost import parameter_counts
 from vlm.data.limits import Limits
 from vlm.hf_config import read_json
 
-MAX_STAGES = 20
 LOG_LINES_AVERAGED = 5
 
 FRONT_MATTER = """---
@@ -30,49 +26,23 @@ tags:
 USE = """## Use
 
 ```python
+from PIL import Image
 from transformers import pipeline
 
 pipe = pipeline("image-text-to-text", model="{name}", trust_remote_code=True)
 message = {{"role": "user", "content": [
-    {{"type": "image", "url": "cat.jpg"}},
+    {{"type": "image", "image": Image.open("cat.jpg").convert("RGB")}},
     {{"type": "text", "text": "What is in this picture?"}}]}}
 print(pipe(text=[message], max_new_tokens=128, return_full_text=False)[0]["generated_text"])
 ```
 
-With vLLM, where GraftVL is installed (`pip install graftvl` from its checkout):
-`python serve/launch.py {name}`.
+Made and checked with transformers {transformers}. With vLLM: `python serve/launch.py {name}` in a
+checkout of GraftVL, after `make install` or `pip install .` there.
 """
 STOCK_USE = """## Use
 
 `vllm serve {name}`, without a plugin. {warning}
 """
-
-
-def training_stages(model_dir: Path) -> list[dict]:
-    """Config, progress and log of each run that led to a checkpoint, the first stage first."""
-    stages: list[dict] = []
-    folder = model_dir.resolve()
-    while (folder.parents[1] / "config.yaml").exists() and len(stages) < MAX_STAGES:
-        run, checkpoint = folder.parents[1], folder.parent
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        progress = read_json(checkpoint / "trainer.json")
-        log = _read_log(run / "log.jsonl", progress["step"])
-        stages.insert(0, {"config": config, "progress": progress, "log": log})
-        folder = Path(config["model"]).resolve()
-    return stages
-
-
-def _read_log(path: Path, last_step: int) -> list[dict]:
-    """The training lines up to a step; a line torn by a crash is left out."""
-    entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if entry.get("event") == "train" and entry["step"] <= last_step:
-            entries.append(entry)
-    return entries
 
 
 def model_card(
@@ -87,12 +57,12 @@ def model_card(
     report = source / "graft_report.json"
     graft = read_json(report) if report.exists() else {}
     use = (
-        USE.format(name=name)
+        USE.format(name=name, transformers=version("transformers"))
         if format == "hf"
         else STOCK_USE.format(name=name, warning=STOCK_WARNING)
     )
     parts = [FRONT_MATTER, f"# {name}\n", _what(config, graft), use]
-    parts += [_training(stages), _limits(config, limits)]
+    parts += [_training(stages), _limits(config, limits, stages)]
     return "\n".join(part for part in parts if part)
 
 
@@ -151,13 +121,15 @@ def _rates(config: dict) -> str:
     return ", ".join(rates)
 
 
-def _limits(config: VLMConfig, limits: Limits) -> str:
+def _limits(config: VLMConfig, limits: Limits, stages: list[dict]) -> str:
+    trained = stages[-1]["config"].get("max_length") if stages else None
+    longest = f" trained on samples of up to {trained:,} tokens" if trained else " not trained here"
     return f"""## Limits
 
 - Images are resized to {limits.min_pixels:,} to {limits.max_pixels:,} pixels, frames of a video to
   {limits.video_min_pixels:,} to {limits.video_max_pixels:,}, {limits.fps:g} frames a second and at
   most {limits.fps_max_frames} of them.
-- Positions up to {config.text.max_position_embeddings:,}; what it was trained on is shorter.
+- Positions up to {config.text.max_position_embeddings:,};{longest}.
 - It may state what is not in the picture, and has whatever biases its donors and data have. It was
   not trained to refuse.
 - The donors' licences and that of the data apply.

@@ -50,6 +50,11 @@ def built_in_requests() -> list[Sample]:
             (photo, small),
         ),
         "video": ((f"{VIDEO_TAG}What happens?",), (), (clip(frames=197, side=56),)),
+        "video as frames": (
+            (f"{VIDEO_TAG}And here?",),
+            (),
+            (tuple(picture(84, 56, seed=frame) for frame in range(3)),),
+        ),
         "video, image, text": (
             (f"{IMAGE_TAG}Is this in {VIDEO_TAG}? Answer briefly.",),
             (small,),
@@ -66,7 +71,7 @@ def _sample(name: str, texts: tuple, images: tuple, videos: tuple = ()) -> Sampl
 
 
 def requests_from(path: Path, rows: int) -> list[Sample]:
-    """The first rows of a data file, without the answers that end them.
+    """The first rows of a data file, without the answers that end them, named by file and line.
 
     Raises:
         BadSample: a row that cannot be asked.
@@ -77,7 +82,7 @@ def requests_from(path: Path, rows: int) -> list[Sample]:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip() and len(samples) < rows:
-                    sample = parse_line(line, f"{path}:{number}", path.parent)
+                    sample = parse_line(line, f"{path.name}:{number}", path.parent)
                     samples.append(split_label(sample)[0])
     except OSError as error:
         raise ConfigError(f"--data {path} cannot be read ({error.strerror})") from None
@@ -87,10 +92,15 @@ def requests_from(path: Path, rows: int) -> list[Sample]:
 
 
 def picture(
-    width: int, height: int, mode: str = "RGB", format: str = "PNG", turned: bool = False
+    width: int,
+    height: int,
+    mode: str = "RGB",
+    format: str = "PNG",
+    turned: bool = False,
+    seed: int = 0,
 ) -> bytes:
     """An encoded image of waves and noise: no two regions alike."""
-    noise = np.random.default_rng(width * 10_000 + height).integers(0, 40, (height, width, 4))
+    noise = np.random.default_rng((width, height, seed)).integers(0, 40, (height, width, 4))
     y, x = np.mgrid[:height, :width]
     waves = [np.sin(x / (7 + 3 * c)) * 60 + np.cos(y / (5 + 2 * c)) * 60 + 100 for c in range(4)]
     levels = (np.stack(waves, axis=2) + noise).clip(0, 255).astype(np.uint8)

@@ -29,6 +29,11 @@ def check(config: ServeConfig, cpu: bool) -> None:
     find_vllm()
     model = check_model(config.model)
     check_parallel(config, model)
+    if config.max_model_len > model.text.max_position_embeddings:
+        raise UsageError(
+            f"max_model_len {config.max_model_len} is above what the model has positions for, "
+            f"{model.text.max_position_embeddings}"
+        )
     if config.log:
         check_log(config.log)
     if config.answers:
@@ -140,7 +145,10 @@ def check_cpu_memory(config: ServeConfig, model: VLMConfig) -> None:
     item = BYTES.get(config.dtype, BYTES["float32"])
     weights, longest = _weights_and_cache(config, model, item)
     variable = "VLLM_CPU_KVCACHE_SPACE"
-    cache = int((vllm_environment() | os.environ)[variable]) * GIB
+    text = (vllm_environment() | os.environ)[variable]
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"{variable}={text!r} is no whole number of GiB")
+    cache = int(text) * GIB
     if longest > cache:
         raise UsageError(
             f"a request of max_model_len {config.max_model_len} takes {_gib(longest)} of key/value "

@@ -6,6 +6,7 @@ The export's own code is loaded through `auto_map`, as on a machine without Graf
 
 import gc
 import io
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -14,14 +15,15 @@ from torch import Tensor
 
 from serve.export_files import Format
 from serve.witness import hf_logits, our_logits
-from vlm.checkpoint import CheckpointError, load_model
+from vlm.checkpoint import CheckpointError, TensorReader, load_model
 from vlm.config import VLMConfig
 from vlm.data.limits import Limits
 from vlm.data.processor import Example, Processor
 from vlm.data.schema import IMAGE_TAG, Message, Sample
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-"""Largest difference as a share of the largest logit; other kernels sum in another order."""
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest difference as a share of the largest logit; other kernels sum in another order. The
+weights themselves are compared bit for bit."""
 
 
 def check_reload(source: Path, exported: Path, limits: Limits, format: Format) -> None:
@@ -29,6 +31,7 @@ def check_reload(source: Path, exported: Path, limits: Limits, format: Format) -
 
     One model at a time is in memory, in the export's dtype, on a GPU where there is one.
     """
+    compare_tensors(source, exported)
     processor = Processor.from_pretrained(source, limits)
     samples = (text_sample(), image_sample())
     examples = [processor.prompt(sample) for sample in samples]
@@ -53,12 +56,23 @@ def check_reload(source: Path, exported: Path, limits: Limits, format: Format) -
             )
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
-    """bfloat16 or float32, whichever most of the weights have."""
-    from vlm.checkpoint import TensorReader
+def compare_tensors(source: Path, exported: Path) -> None:
+    """Every tensor of the export is the source's own, in the export's dtype."""
+    ours, theirs = TensorReader(source), TensorReader(exported)
+    for name in theirs.names():
+        written = theirs.get(name)
+        if name not in ours.names():
+            same = name.endswith(".bias") and not written.any()  # what stock classes insist on
+        else:
+            same = torch.equal(written, ours.get(name).to(written.dtype))
+        if not same:
+            raise CheckpointError(f"{exported}: {name} is not what {source} holds; export it again")
 
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype that most of the weights have."""
     reader = TensorReader(folder)
-    return reader.get(reader.names()[0]).dtype
+    return Counter(reader.get(name).dtype for name in reader.names()).most_common(1)[0][0]
 
 
 def reload_with_transformers(

@@ -5,14 +5,16 @@ The defaults are the recipe's limits. An unknown or mistyped key is an error, ne
 """
 
 import json
-import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
+from serve.api_key import take_api_key
 from serve.limits import vllm_arguments
+from serve.source import limits_of
 from serve.usage import UsageError
 from vlm.data.limits import Limits, environment_limits
 
@@ -29,13 +31,16 @@ class ServeConfig:
     model: Path
     """Directory of an exported model."""
 
-    max_pixels: int = Limits.max_pixels
+    min_pixels: int | None = None
+    """Of an image; smaller ones are scaled up. This and the next five: None for the model's own."""
+    max_pixels: int | None = None
     """Of an image; larger ones are scaled down."""
-    video_max_pixels: int = Limits.video_max_pixels
+    video_min_pixels: int | None = None
+    video_max_pixels: int | None = None
     """Of each frame."""
-    fps: float = Limits.fps
+    fps: float | None = None
     """Frames sampled per second of video."""
-    fps_max_frames: int = Limits.fps_max_frames
+    fps_max_frames: int | None = None
     """Most frames of a video."""
     max_images: int = 5
     """Most images of a request; more are answered with HTTP 400."""
@@ -107,7 +112,7 @@ class ServeConfig:
                 f"gpu_memory_utilization is {self.gpu_memory_utilization}; it is a share of 1"
             )
         try:
-            Limits.of(self)
+            _ = self.limits
         except ValueError as error:
             raise UsageError(str(error)) from None
         if not 0 <= self.node_rank < self.nnodes:
@@ -124,6 +129,13 @@ class ServeConfig:
             )
         if any(word.startswith("--api") and "key" in word for word in self.extra):
             raise UsageError("give the key as --api_key, before the --; a command line is public")
+
+    @cached_property
+    def limits(self) -> Limits:
+        """Those that were given, over those that the model was exported with, over the recipe's."""
+        given = {field.name: getattr(self, field.name) for field in fields(Limits)}
+        own = limits_of(self.model) if self.model.is_dir() else {}
+        return Limits(**own | {name: value for name, value in given.items() if value is not None})
 
     @property
     def gpus(self) -> int:
@@ -144,7 +156,7 @@ class ServeConfig:
 
 def parse(arguments: list[str]) -> ServeConfig:
     """The resolved config of a command line; UsageError in one sentence."""
-    key, arguments = take_api_key(arguments)
+    key, arguments = take_api_key(arguments, API_KEY)
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     parser = ArgumentParser(
         prog="python serve/launch.py", description=HELP, exit_on_error=False, allow_abbrev=False
@@ -163,25 +175,6 @@ def parse(arguments: list[str]) -> ServeConfig:
     return ServeConfig(**options, api_key=key)
 
 
-def take_api_key(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """The key, of --api_key or else of the environment, and the other arguments.
-
-    It is no option like the others: a file that is kept and shown is no place for a key.
-    """
-    key, others, words = os.environ.get(API_KEY), [], iter(arguments)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name == "--api_key":
-            key = value if equals else next(words, "")
-            if not key:
-                raise UsageError("--api_key has no value")
-        elif word == "--":
-            others += [word, *words]
-        else:
-            others.append(word)
-    return key or None, others
-
-
 def vllm_command(config: ServeConfig, cpu: bool) -> list[str]:
     """The `vllm serve` command with the config's limits, in the flags of vLLM 0.32.
 
@@ -189,7 +182,7 @@ def vllm_command(config: ServeConfig, cpu: bool) -> list[str]:
     computes in float32 unless told otherwise (few processors multiply bfloat16 fast) and without
     compiled graphs.
     """
-    media = vllm_arguments(Limits.of(config), config.max_images, config.max_videos)
+    media = vllm_arguments(config.limits, config.max_images, config.max_videos)
     flags = {
         "served-model-name": config.served_model_name,
         "host": config.host,
@@ -198,6 +191,9 @@ def vllm_command(config: ServeConfig, cpu: bool) -> list[str]:
         "gpu-memory-utilization": config.gpu_memory_utilization,
         "dtype": "float32" if cpu and config.dtype == "auto" else config.dtype,
         **{name.replace("_", "-"): value for name, value in media.items()},
+        # vLLM 0.32's cache of processed media loses step under load, and answers good requests
+        # with 500; what it saves is a resize
+        "mm-processor-cache-gb": 0,
         "override-generation-config": {"max_new_tokens": config.max_new_tokens},
     }
     parallel = {

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from serve.conversation import without_thoughts
 from serve.request import request_messages
 from serve.vllm_env import is_cpu
 from serve.witness import media_kinds, our_logits
@@ -20,7 +22,7 @@ from vlm.config import VLMConfig
 from vlm.data.collate import collate
 from vlm.data.image import load_image
 from vlm.data.processor import Processor
-from vlm.data.schema import Sample
+from vlm.data.schema import Sample, Video
 from vlm.data.video import load_frames, video_info
 from vlm.generate import generate
 from vlm.vision import normalise
@@ -55,7 +57,7 @@ def our_views(
     model = load_model(folder, dtype, device()).eval()
     views = []
     for sample in samples:
-        example = processor.prompt(sample)
+        example = processor.prompt(without_thoughts(sample))
         batch = collate([example], model.config).to(device())
         tokens = generate(model, batch, max_new_tokens=new, stop_ids=())[0]
         sizes = [t * h * w for t, h, w in example.grid_thw]
@@ -95,7 +97,7 @@ def transformers_views(
     settings = GenerationConfig(max_new_tokens=new, do_sample=False, pad_token_id=0)
     views = []
     for sample in samples:
-        inputs = hf_processor_inputs(hf_processor, sample, processor.limits.fps)
+        inputs = hf_processor_inputs(hf_processor, sample, processor)
         ids = inputs["input_ids"][0]
         grids, pixels = media_in_order(inputs, ids, processor.config)
         positions = torch.arange(len(ids)).expand(3, -1)
@@ -112,8 +114,12 @@ def transformers_views(
     return views
 
 
-def hf_processor_inputs(hf_processor, sample: Sample, fps: float):
-    """What the exported processor makes of a sample; `fps` is the rate of a list of frames."""
+def hf_processor_inputs(hf_processor, sample: Sample, processor: Processor):
+    """What the exported processor makes of a sample.
+
+    Videos are given whole, for it to sample; lists of frames are sampled already, and it cannot
+    take both kinds at once.
+    """
     messages = request_messages(sample)
     for message in messages:
         if isinstance(message["content"], str):
@@ -121,21 +127,25 @@ def hf_processor_inputs(hf_processor, sample: Sample, fps: float):
         for part in message["content"]:
             part["type"] = part["type"].removesuffix("_url")  # the media themselves come apart
     text = hf_processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    media = {}
+    media: dict = {}
     if sample.images:
         media["images"] = [Image.fromarray(load_image(item).numpy()) for item in sample.images]
     if sample.videos:
-        infos = [video_info(item, fps) for item in sample.videos]
-        pairs = list(zip(sample.videos, infos, strict=True))
-        media["videos"] = [
-            load_frames(item, range(info.frames), info.height, info.width).numpy()
-            for item, info in pairs
-        ]
-        media["video_metadata"] = [
-            {"total_num_frames": i.frames, "fps": i.fps, "duration": i.frames / i.fps}
-            for i in infos
-        ]
+        whole = not any(isinstance(video, tuple) for video in sample.videos)
+        pairs = [whole_video(video, processor, whole) for video in sample.videos]
+        media["videos"] = [frames for frames, _ in pairs]
+        media["video_metadata"] = [metadata for _, metadata in pairs]
+        media["do_sample_frames"] = whole
     return hf_processor(text=[text], return_tensors="pt", **media)
+
+
+def whole_video(video: Video, processor: Processor, whole: bool) -> tuple[np.ndarray, dict]:
+    """(frames (n, h, w, 3) uint8, transformers' metadata): all frames, or those that are seen."""
+    info = video_info(video, processor.limits.fps)
+    seen = range(info.frames) if whole else processor.reader.frames_seen(video, info)
+    frames = load_frames(video, seen, info.height, info.width).numpy()
+    metadata = {"total_num_frames": info.frames, "fps": info.fps, "frames_indices": list(seen)}
+    return frames, metadata | {"duration": info.frames / info.fps}
 
 
 def media_in_order(inputs, ids: Tensor, config: VLMConfig) -> tuple[list[tuple], list[Tensor]]:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from serve.limits import vllm_arguments
 from serve.request import request_messages
+from serve.serve_config import ServeConfig
 from serve.views import TOP, View, device
 from serve.vllm_env import is_cpu, vllm_environment
 from vlm.data.limits import Limits
 from vlm.data.schema import Sample
-
-MAX_IMAGES, MAX_VIDEOS = 5, 2
+from vlm.hf_config import read_config
 
 
 class VLLM:
@@ -34,15 +34,18 @@ class VLLM:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         from vllm import LLM
 
+        most = read_config(folder).text.max_position_embeddings
+        options.setdefault("max_model_len", min(most, ServeConfig.max_model_len))
         self.llm = LLM(
             str(folder),
             dtype=str(dtype).removeprefix("torch."),
             enforce_eager=is_cpu(),
             mm_processor_cache_gb=0,  # what is cached would not be handed over again
-            **vllm_arguments(limits, MAX_IMAGES, MAX_VIDEOS),
+            **vllm_arguments(limits, ServeConfig.max_images, ServeConfig.max_videos),
             **options,
         )
         [self.input_norm] = self.llm.apply_model(attrgetter("visual.input_norm"))
+        [self.kind] = self.llm.apply_model(type)
         self.requests: list = []
         processor = self.llm.llm_engine.input_processor
         process = processor.process_inputs
@@ -71,7 +74,7 @@ class VLLM:
             grid = feature.data[f"{feature.modality}_grid_thw"].data
             grids.append(tuple(grid.tolist()))
             pixels.append(self._normalised(feature.data[f"pixel_values{suffix}"].data))
-        model = _PositionsOf(self.llm.llm_engine.model_config.hf_config)
+        model = _PositionsOf(self.kind, self.llm.llm_engine.model_config.hf_config)
         answer = output.outputs[0]
         return View(
             ids=list(request.prompt_token_ids),
@@ -91,11 +94,9 @@ class VLLM:
 
 
 class _PositionsOf:
-    """vLLM's own M-RoPE positions, from the model's class without its weights."""
+    """vLLM's M-RoPE positions, by the loaded model's class without its weights."""
 
-    def __init__(self, config) -> None:
-        from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration as kind
-
+    def __init__(self, kind: type, config) -> None:
         self.config = config
         self.get_positions = kind.get_mrope_input_positions
         self.iter_mm_grid_thw = lambda features: kind.iter_mm_grid_thw(self, features)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import gradio as gr
 
+from serve.api_key import API_KEY, hide_api_key
 from serve.conversation import (
     THINK,
     THINK_END,
@@ -166,8 +167,11 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="graftvl-web-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads
         try:
-            page = build_page(Endpoint(options.url, options.api_key, options.model_name))
+            endpoint = Endpoint(options.url, options.api_key, options.model_name)
+            endpoint.identity()  # find out now if nobody is there
+            page = build_page(endpoint)
             page.launch(
+                quiet=True,
                 server_name=options.host,
                 server_port=options.port,
                 share=False,
@@ -175,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
                 css='button[aria-label="Share"] { display: none }',  # it would upload to a hub
                 ssr_mode=False,
             )
-        except (UsageError, OSError) as error:
+        except (UsageError, EndpointError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
@@ -184,6 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    hide_api_key(API_KEY)
     code = main()
     sys.stdout.flush()
     os._exit(code)  # at once, even if a thread waits for a silent server

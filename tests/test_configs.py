@@ -11,7 +11,8 @@ from train.config import UsageError, parse
 
 ROOT = Path(__file__).parent.parent
 SERVING = ROOT / "configs" / "serve.yaml"
-CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - {SERVING})
+EVALUATION = set((ROOT / "configs" / "eval").glob("*.yaml"))  # tests/eval/test_benchmarks.py
+CONFIGS = sorted(set((ROOT / "configs").rglob("*.yaml")) - {SERVING} - EVALUATION)
 MODEL_DATA_AND_OUTPUT = ["--model", "model", "--dataset", "data.jsonl", "--output_dir", "run"]
 # The recipe of both stages, as published; what it leaves out is its trainer's default.
 RECIPE = {

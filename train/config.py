@@ -126,7 +126,9 @@ class TrainConfig:
 
 def parse(arguments: list[str] | None = None) -> TrainConfig:
     """The resolved config of a command line; UsageError in one sentence."""
-    parser = ArgumentParser(prog="train/sft.py", description=__doc__, exit_on_error=False)
+    parser = ArgumentParser(
+        prog="train/sft.py", description=__doc__, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--config", action="config", help="YAML file of options")
     parser.add_argument(
         "--dataset", type=Path, nargs="+", required=True, help="JSONL files, one sample a line"

@@ -110,11 +110,10 @@ def test_a_list_of_frames_is_a_video_that_is_sampled_already(clips):
     assert five.grid_thw == ((3, 8, 12),) and five.second_per_grid == (1.0,)
     last = five.patches.view(3, 96, 3, 2, 196)[2]
     assert last[:, :, 0].equal(last[:, :, 1]), "the fifth frame stands twice"
-    many = encode(names, fps=3.0)
-    assert many.grid_thw == ((6, 8, 12),)
-    assert many.second_per_grid == (np.float32(2 / (12 / 15 * 3)),)
-    chosen = [names[int(number * 15 / 12)] for number in range(12)]
-    assert many.patches.equal(encode(chosen).patches)
+    assert encode(names[:5], fps=4.0).second_per_grid == (0.5,)
+    with pytest.raises(BadSample, match="has 15 frames, more than fps_max_frames 12; take fewer"):
+        encode(names)
+    assert encode(names, fps_max_frames=15).grid_thw == ((8, 8, 12),)
     part = {"type": "video", "video": names[:5]}
     inline = processor().encode(parse_row(row([part]), "x", clips))
     assert inline.patches.equal(five.patches)

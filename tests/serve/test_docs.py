@@ -15,6 +15,7 @@ from serve.serve_config import ServeConfig, parse
 from serve.web import parse_arguments as parse_web
 from tests.serve.fake_endpoint import serving
 from tests.test_readme import blocks, commands
+from vlm.data.limits import Limits
 
 ROOT = Path(__file__).parents[2]
 DOC = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
@@ -69,6 +70,7 @@ def test_the_table_is_the_launchers_defaults():
         if not hasattr(defaults, listed[0]):
             continue
         said = [value.strip() for value in values.split(", ")]
-        assert said == [str(getattr(defaults, name)) for name in listed]
+        recipe = [getattr(Limits, name, getattr(defaults, name)) for name in listed]
+        assert said == [str(value) for value in recipe]
         seen += len(listed)
     assert seen == 11

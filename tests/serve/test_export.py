@@ -1,6 +1,8 @@
 """serve/export.py: what it writes loads elsewhere, computes the same, and says where it is from."""
 
+import copy
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import yaml
 
 from serve import export as exporter
 from serve.conversation import NO_THOUGHT
-from serve.export import main, parse_arguments
+from serve.export import main
 from serve.export_files import GUARD
 from tests.tiny import GOLDEN_MODEL, write_hybrid
 from vlm.checkpoint import TensorReader, load_model
@@ -175,17 +177,33 @@ def test_stock_vllm_cannot_hold_every_shape(source, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_export_that_computes_otherwise_is_refused(source, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tensor_that_is_not_the_sources_own_is_refused(
+    source, tmp_path, monkeypatch, capsys, dtype
+):
     honest = exporter.export_tensors
+    damaged = "model.language_model.layers.1.self_attn.q_norm.weight"
 
-    def damaged(*arguments):
+    def damage(*arguments):
         for name, tensor in honest(*arguments):
-            yield (
-                name,
-                tensor * 1.1 if name.endswith("layers.1.self_attn.q_norm.weight") else tensor,
-            )
+            yield name, tensor * 1.1 if name == damaged else tensor
 
-    monkeypatch.setattr(exporter, "export_tensors", damaged)
+    monkeypatch.setattr(exporter, "export_tensors", damage)
+    out = tmp_path / "bad"
+    assert main([str(source), "--out", str(out), "--dtype", dtype]) == 2
+    assert f"{damaged} is not what" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_config_that_computes_otherwise_is_refused(source, tmp_path, monkeypatch, capsys):
+    honest = exporter.export_config
+
+    def damage(*arguments):
+        config = copy.deepcopy(honest(*arguments))
+        config["text_config"]["rope_parameters"]["rope_theta"] = 100.0
+        return config
+
+    monkeypatch.setattr(exporter, "export_config", damage)
     out = tmp_path / "bad"
     assert main([str(source), "--out", str(out)]) == 2
     assert "the logits differ" in capsys.readouterr().err
@@ -215,11 +233,97 @@ def test_an_existing_export_is_never_overwritten(source, exported, capsys):
     assert "exists" in capsys.readouterr().err
 
 
-def test_push_makes_the_repository_and_uploads_the_folder(exported, monkeypatch):
+def test_generation_is_neutral_whatever_the_source_says(source, tmp_path):
+    loud = tmp_path / "loud"
+    shutil.copytree(source, loud)
+    settings = {"repetition_penalty": 1.05, "do_sample": True, "temperature": 1e-6}
+    (loud / "generation_config.json").write_text(json.dumps(settings))
+    for folder in (source, loud):
+        assert main([str(folder), "--out", str(tmp_path / f"of_{folder.name}")]) == 0
+        written = json.loads((tmp_path / f"of_{folder.name}/generation_config.json").read_text())
+        assert (
+            set(written) == {"eos_token_id", "pad_token_id"} and len(written["eos_token_id"]) == 2
+        )
+
+
+def test_a_template_in_json_is_taken(source, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    template = (other / "chat_template.jinja").read_text()
+    (other / "chat_template.jinja").unlink()
+    (other / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert main([str(other), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out/chat_template.jinja").read_text().startswith(template.rstrip())
+
+
+def test_a_batch_is_padded_so_that_each_row_is_answered_as_alone(exported):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    import vlm.hf  # noqa: F401
+
+    processor = AutoProcessor.from_pretrained(exported)
+    model = AutoModelForImageTextToText.from_pretrained(exported).eval()
+    asked = [[{"role": "user", "content": text}] for text in ("Why?", "And how many, in all?")]
+    given = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    given |= {"return_tensors": "pt", "padding": True}
+
+    def answers(conversations):
+        inputs = processor.apply_chat_template(conversations, **given)
+        out = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None)
+        return out[:, inputs["input_ids"].shape[1] :].tolist()
+
+    assert answers(asked) == [*answers(asked[:1]), *answers(asked[1:])]
+
+
+def test_what_transformers_saves_again_takes_its_code_along(exported, tmp_path):
+    code = (
+        "import sys, vlm.hf; from transformers import AutoModelForImageTextToText as M;"
+        "M.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
+    )
+    saved = tmp_path / "saved"
+    subprocess.run([sys.executable, "-c", code, exported, saved], check=True, capture_output=True)
+    assert (saved / "modeling_graft_vl.py").exists()
+    assert (saved / "configuration_graft_vl.py").exists()
+
+
+def test_the_cards_own_example_runs(exported, tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.DOTALL)
+    shutil.copyfile("tests/golden/images/exif3.jpg", tmp_path / "cat.jpg")
+    (tmp_path / "exported").symlink_to(exported)
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_history_ends_where_it_was_removed(run, tmp_path):
+    shutil.rmtree(tmp_path / "stage1" / "checkpoint-2")
+    (tmp_path / "config.yaml").write_text("somebody: else's\n")
+    assert main([str(run), "--out", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out/README.md").read_text()
+    assert card.count("`cats.jsonl`") == 1
+
+
+def test_limits_that_contradict_each_other(source, tmp_path, capsys):
+    flags = ["--max_pixels", "100", "--out", str(tmp_path / "out")]
+    assert main([str(source), *flags]) == 2
+    assert "max_pixels 100 is below min_pixels 3136" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written(source, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main([str(source), "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the hub; returns the calls it got."""
     calls = []
 
     class Hub:
         def create_repo(self, name, **options):
+            if name.startswith("down/"):
+                raise ConnectionError("no route")
             calls.append((name, options))
             return f"https://hub/{name}"
 
@@ -227,7 +331,20 @@ def test_push_makes_the_repository_and_uploads_the_folder(exported, monkeypatch)
             calls.append(options)
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    options = parse_arguments(["run", "--out", "x", "--push", "me/vlm", "--private"])
-    assert exporter.push(exported, options.push, options.private) == "https://hub/me/vlm"
-    assert calls[0] == ("me/vlm", {"private": True, "exist_ok": True})
-    assert calls[1]["repo_id"] == "me/vlm" and calls[1]["folder_path"] == exported
+    return calls
+
+
+def test_push_makes_the_repository_and_uploads_the_folder(source, tmp_path, hub, capsys):
+    out = tmp_path / "mine"
+    assert main([str(source), "--out", str(out), "--push", "me/vlm", "--private"]) == 0
+    assert "https://hub/me/vlm" in capsys.readouterr().out
+    assert hub[0] == ("me/vlm", {"private": True, "exist_ok": True})
+    assert hub[1]["repo_id"] == "me/vlm" and hub[1]["folder_path"] == out
+    assert 'model="me/vlm"' in (out / "README.md").read_text()
+
+
+def test_a_hub_that_is_down_leaves_the_export_and_says_how_to_go_on(source, tmp_path, hub, capsys):
+    out = tmp_path / "mine"
+    assert main([str(source), "--out", str(out), "--push", "down/vlm"]) == 2
+    assert f"`hf upload down/vlm {out}` tries again" in capsys.readouterr().err
+    assert out.is_dir()

@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from serve.usage import UsageError
 from serve.vllm_env import vllm_environment
 from tests.serve.processes import ROOT, Launcher, command_lines, free_port, living, wait_until
 from tests.tiny import write_hybrid, write_llm_donor
+from vlm.data.limits import Limits
 from vlm.hf_config import read_config
 
 RECIPE = [
@@ -38,7 +39,8 @@ RECIPE = [
     "--mm-processor-kwargs",
     '{"images_kwargs":{"size":{"shortest_edge":3136,"longest_edge":1003520}},'
     '"videos_kwargs":{"size":{"shortest_edge":12544,"longest_edge":50176}}}',
-    *("--media-io-kwargs", '{"video":{"fps":2.0,"min_frames":4,"max_frames":12}}'),
+    *("--media-io-kwargs", '{"video":{"fps":2.0,"min_frames":4,"max_frames":12,"num_frames":-1}}'),
+    *("--mm-processor-cache-gb", "0"),
     *("--override-generation-config", '{"max_new_tokens":2048}'),
 ]
 
@@ -94,7 +96,8 @@ def test_the_defaults_are_the_recipes_limits():
     assert vllm_command(parse(["dir"]), cpu=False) == ["vllm", "serve", "dir", *RECIPE]
     written = yaml.safe_load((ROOT / "configs/serve.yaml").read_text())
     defaults = ServeConfig(Path("dir"))
-    assert written == {name: getattr(defaults, name) for name in written}
+    known = {field.name: getattr(defaults.limits, field.name) for field in fields(Limits)}
+    assert written == {name: known.get(name, getattr(defaults, name)) for name in written}
 
 
 def test_on_a_cpu_vllm_computes_eagerly_in_float32_unless_told_otherwise():
@@ -114,7 +117,7 @@ def test_environment_then_file_then_flag(tmp_path, monkeypatch):
     monkeypatch.setenv("FPS_MAX_FRAMES", "6")
     arguments = ["dir", "--config", str(file), "--fps_max_frames", "10", "--", "--seed", "1"]
     config = parse(arguments)
-    limits = (config.max_pixels, config.video_max_pixels, config.fps_max_frames)
+    limits = (config.limits.max_pixels, config.limits.video_max_pixels, config.fps_max_frames)
     assert limits == (200704, 20000, 10)
     assert vllm_command(config, cpu=False)[-4:] == ["--max-num-seqs", "4", "--seed", "1"]
 
@@ -171,7 +174,9 @@ def test_vllms_own_parser_reads_the_command_as_it_is_meant(model):
             "images_kwargs": {"size": {"shortest_edge": 3136, "longest_edge": 200704}},
             "videos_kwargs": {"size": {"shortest_edge": 12544, "longest_edge": 50176}},
         },
-        "media_io_kwargs": {"video": {"fps": 2.0, "max_frames": 12, "min_frames": 4}},
+        "media_io_kwargs": {
+            "video": {"fps": 2.0, "max_frames": 12, "min_frames": 4, "num_frames": -1}
+        },
         "override_generation_config": {"max_new_tokens": 2048},
         "data_parallel_size": 2,
         "tensor_parallel_size": 2,
@@ -290,13 +295,23 @@ def test_a_port_in_use(model, capsys):
     assert f"port {port} of 127.0.0.1 is in use" in capsys.readouterr().err
 
 
-def test_too_little_memory(model, monkeypatch, capsys):
+def test_too_little_memory(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(serve.launch, "is_cpu", lambda: True)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "100000")
     assert main([str(model)]) == 2
     assert "take 100000.0 GiB and this machine has" in capsys.readouterr().err
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "much")
+    assert main([str(model)]) == 2
+    assert "VLLM_CPU_KVCACHE_SPACE='much' is no whole number of GiB" in capsys.readouterr().err
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     assert main([str(model), "--max_model_len", "2000000"]) == 2
+    assert "above what the model has positions for, 32768" in capsys.readouterr().err
+    long = tmp_path / "long"
+    shutil.copytree(model, long)
+    config = json.loads((long / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 2_000_000
+    (long / "config.json").write_text(json.dumps(config))
+    assert main([str(long), "--max_model_len", "2000000"]) == 2
     # 2 x 3 layers x 2 heads x 32 x 4 bytes x 2,000,000 tokens
     assert "takes 2.9 GiB of key/value cache and" in capsys.readouterr().err
 

@@ -21,8 +21,8 @@ from vlm.config import VisionConfig
 from vlm.data.schema import Media
 
 MAX_RATIO = 200
-MAX_SOURCE_PIXELS = 200_000_000
-"""More than a decoder should be trusted with (a decompression bomb)."""
+MAX_SOURCE_PIXELS = 89_478_485
+"""More than a decoder should be trusted with: Pillow's own threshold of a decompression bomb."""
 ORIENTATION = 0x0112
 SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""

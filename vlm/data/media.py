@@ -24,6 +24,7 @@ from vlm.data.schema import IMAGE_TAG, VIDEO_TAG, BadSample, Media, Sample, Vide
 from vlm.data.video import (
     BadVideo,
     VideoInfo,
+    describe_video,
     load_frames,
     sample_indices,
     seconds_per_grid,
@@ -90,15 +91,26 @@ class MediaReader:
 
     def _video(self, source: Video) -> Medium:
         info = video_info(source, self.limits.fps)
-        if isinstance(source, tuple) and len(source) <= self.limits.fps_max_frames:
-            frames = range(len(source))  # sampled already
-        else:
-            frames = sample_indices(
-                info, self.limits.fps, *self.limits.frames, self.vision.temporal_patch_size
-            )
+        frames = self.frames_seen(source, info)
         size = self._target_size(info.height, info.width, self.limits.frame_pixels)
         medium = Medium(source, self._grid(len(frames), *size), info, tuple(frames))
         return replace(medium, seconds=self._seconds(medium, len(frames)))
+
+    def frames_seen(self, source: Video, info: VideoInfo) -> list[int]:
+        """Numbers of a video's frames that the model sees.
+
+        A list of frames is sampled already. One that is too long is refused and not thinned out,
+        since a server would take it whole.
+        """
+        if not isinstance(source, tuple):
+            patch = self.vision.temporal_patch_size
+            return sample_indices(info, self.limits.fps, *self.limits.frames, patch)
+        if len(source) > self.limits.fps_max_frames:
+            raise BadVideo(
+                f"{describe_video(source)} has {len(source)} frames, more than fps_max_frames "
+                f"{self.limits.fps_max_frames}; take fewer"
+            )
+        return list(range(len(source)))
 
     def _decode(self, medium: Medium) -> tuple[Medium, Tensor]:
         """The medium as its file really holds it, and pixels: (h, w, 3) or (frames, h, w, 3)."""

@@ -104,14 +104,15 @@ def write_companions(out: Path, choice: TokenizerChoice, vision_dir: Path) -> No
     settings = _optional_json(choice.folder / "tokenizer_config.json")
     settings.pop("chat_template", None)  # one place for it: chat_template.jinja
     write_json(out / "tokenizer_config.json", settings)
-    (out / "chat_template.jinja").write_text(_chat_template(vision_dir), encoding="utf-8")
+    (out / "chat_template.jinja").write_text(chat_template(vision_dir), encoding="utf-8")
     for name in PROCESSOR_FILES:
         if (vision_dir / name).exists():
             copyfile(vision_dir / name, out / name)
-    write_json(out / "generation_config.json", _generation_config(choice))
+    write_json(out / "generation_config.json", generation_config(choice.folder))
 
 
-def _chat_template(folder: Path) -> str:
+def chat_template(folder: Path) -> str:
+    """The template of a model directory, wherever it is kept; CheckpointError if it has none."""
     if (folder / "chat_template.jinja").exists():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("chat_template.json", "tokenizer_config.json"):
@@ -121,12 +122,12 @@ def _chat_template(folder: Path) -> str:
     raise CheckpointError(f"{folder} has no chat template (chat_template.jinja or .json)")
 
 
-def _generation_config(choice: TokenizerChoice) -> dict:
+def generation_config(folder: Path) -> dict:
     """Neutral: where to stop, and no repetition penalty (the vision donor's has 1.05)."""
-    tokenizer = load_tokenizer(choice.folder)
+    tokenizer = load_tokenizer(folder)
     ends = [tokenizer.token_to_id(token) for token in END_TOKENS]
     if None in ends:
-        raise CheckpointError(f"{choice.folder}: the tokenizer lacks one of {END_TOKENS}")
+        raise CheckpointError(f"{folder}: the tokenizer lacks one of {END_TOKENS}")
     return {"eos_token_id": ends, "pad_token_id": ends[1]}
 
 

@@ -21,4 +21,9 @@ AutoModel.register(GraftVLConfig, GraftVLModel, exist_ok=True)
 AutoModelForImageTextToText.register(GraftVLConfig, GraftVLForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(GraftVLConfig, Qwen2_5_VLProcessor, exist_ok=True)
 
+# so that save_pretrained takes the code along
+GraftVLConfig.register_for_auto_class()
+GraftVLModel.register_for_auto_class("AutoModel")
+GraftVLForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
 __all__ = ["GraftVLConfig", "GraftVLForConditionalGeneration", "GraftVLModel", "GraftVLTextConfig"]
