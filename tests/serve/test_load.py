@@ -108,8 +108,14 @@ def own_answers(folder: Path, samples: list[Sample]) -> list[str]:
         prompts = collate(examples, ours.config)
         ids = generate(ours, prompts, max_new_tokens=NEW, stop_ids=processor.stop_ids)
         answers += map(processor.decode, ids)
-    # vLLM keeps half a character back
-    return [answer.rstrip("\ufffd") for answer in answers]
+    whole = [before_half_a_character(answer) for answer in answers]
+    assert sum(map(len, whole)) > 5 * len(whole)
+    return whole
+
+
+def before_half_a_character(answer: str) -> str:
+    """What vLLM surely says of an answer: at its end it keeps back what is no whole character."""
+    return answer.partition("\ufffd")[0]
 
 
 def bad_requests(silent: int, stream: bool) -> list[Request]:
@@ -234,7 +240,7 @@ def test_200_requests_of_which_many_are_malformed(server, model):  # noqa: F811
     assert len(outcomes) == 200
     wrong = []
     for request, status, text in outcomes:
-        answered = status == 200 and text == request.words
+        answered = status == 200 and before_half_a_character(text) == request.words
         refused = 400 <= status < 500 and request.words in text
         if not (answered if request.good else refused):
             wrong.append((request.kind, status, text[:200], request.words))
@@ -244,6 +250,6 @@ def test_200_requests_of_which_many_are_malformed(server, model):  # noqa: F811
     assert generated < GOOD * NEW + LONG, "nobody waits for what the deserters asked for"
     with urllib.request.urlopen(f"{url}/health") as answer:
         assert answer.status == 200
-    [(_, *last)] = asyncio.run(run(url, good[:1]))
-    assert last == [200, good[0].words]
+    [(_, status, text)] = asyncio.run(run(url, good[:1]))
+    assert (status, before_half_a_character(text)) == (200, good[0].words)
     assert set(pids(server.group)) == processes
