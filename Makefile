@@ -8,10 +8,11 @@ PYTEST := $(VENV_PYTHON) -m pytest
 # Runs the tests with one mark; pytest exits with 5 where there are none.
 marked = $(PYTEST) -m $(1) || { [ $$? = 5 ] && echo "No test is marked '$(1)' yet."; }
 
-.PHONY: help install demo test test-full soak test-browser bench lint
+.PHONY: help install eval_vlmevalkit demo test test-full soak test-browser bench lint
 
 help:
 	@echo "make install       create .venv with everything in it (the other targets do it too)"
+	@echo "make eval_vlmevalkit  create .venv-vlmevalkit, for eval/run.py --backend vlmevalkit"
 	@echo "make demo          the recipe in miniature: two donors, graft, two stages, chat, score"
 	@echo "make test          the tests, in minutes"
 	@echo "make test-full     the slow tests and those for a GPU as well, then the demo"
@@ -23,13 +24,16 @@ help:
 install:
 	@bash tools/install.sh
 
+eval_vlmevalkit:
+	@bash tools/install.sh vlmevalkit
+
 demo: install
 	$(VENV_PYTHON) -m examples.digits.run $(ARGS)
 
 test: install
 	$(PYTEST) -m "not slow and not soak and not browser and not gpu" $(ARGS)
 
-test-full: install
+test-full: install eval_vlmevalkit
 	$(PYTEST) -m "not soak and not browser"
 	$(VENV_PYTHON) -m examples.digits.run
 

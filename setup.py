@@ -43,8 +43,13 @@ setup(
             "opencv-python-headless>=4.12",
             "pyyaml>=6",
         ],
-        # Nothing in this room needs more than the base yet.
-        "eval": [],
+        "eval": [
+            "evalscope>=1.14.1,<1.15",
+            "jsonargparse[signatures]>=4.40",
+            "opencv-python-headless>=4.12",
+            "pyyaml>=6",
+            "scipy>=1.11",
+        ],
         # Used by itself where it is installed; torch's own kernels serve otherwise.
         "gpu": ["flash-attn>=2.7"],
         "dev": [

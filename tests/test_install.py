@@ -13,14 +13,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-# Answers as Python 3.12 would, makes a .venv whose python is the stub again, and keeps a record.
+# Answers as Python 3.12 would, makes environments whose python is the stub again, keeps a record.
 STUB = r"""#!/usr/bin/env bash
 arguments="$*"
 case "$arguments" in
-    "-m venv --clear .venv")
-        rm -rf .venv
-        mkdir -p .venv/bin
-        ln -s "$(readlink -f "$0")" .venv/bin/python ;;
+    "-m venv --clear "*)
+        rm -rf "$4"
+        mkdir -p "$4/bin"
+        ln -s "$(readlink -f "$0")" "$4/bin/python" ;;
     *"-m pip"*)
         echo "${arguments#*install --quiet }" >> pip.log
         if [ -n "$REFUSED" ] && [[ "$arguments" =~ $REFUSED ]]; then
@@ -44,6 +44,7 @@ class Project:
             "requirements.txt",
             "requirements-cpu.txt",
             "requirements-gpu.txt",
+            "requirements-vlmevalkit.txt",
             "setup.py",
             "pyproject.toml",
             "tools/install.sh",
@@ -60,12 +61,12 @@ class Project:
         file.write_text(script, encoding="utf-8")
         file.chmod(0o755)
 
-    def install(self, **variables: str) -> subprocess.CompletedProcess:
+    def install(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
         (self.folder / "pip.log").write_text("", encoding="utf-8")
         path = f"{self.folder / 'commands'}{os.pathsep}{os.environ['PATH']}"
         environment = {"PATH": path, "REFUSED": "", "CUDA": "None", **variables}
         return subprocess.run(
-            ["bash", "tools/install.sh", "serve/cpu_shims/install.py"],
+            ["bash", "tools/install.sh", *arguments],
             cwd=self.folder,
             env=environment,
             capture_output=True,
@@ -135,6 +136,30 @@ def test_an_installation_that_broke_off_is_begun_again(project):
     assert project.install(REFUSED=r"-r requirements").returncode != 0
     assert project.install().returncode == 0
     assert project.asked_of_pip
+
+
+def test_vlmevalkit_has_an_environment_of_its_own_with_a_cpu_torch(project):
+    project.add_command("nvidia-smi", "#!/bin/sh\necho 'GPU 0: one'\n")
+    result = project.install("vlmevalkit")
+    assert result.returncode == 0, result.stderr
+    asked = project.asked_of_pip
+    torch = next(n for n, line in enumerate(asked) if "torch==2.13.0+cpu" in line)
+    rest = next(n for n, line in enumerate(asked) if "-r requirements-vlmevalkit.txt" in line)
+    headless = next(n for n, line in enumerate(asked) if "opencv-python-headless==" in line)
+    assert torch < rest < headless
+    assert not any("requirements.txt" in line or "--editable" in line for line in asked)
+    assert not (project.folder / ".venv").exists()
+    assert ".venv-vlmevalkit is up to date" in project.install("vlmevalkit").stdout
+    assert project.install(CUDA="13.0").returncode == 0
+    assert ".venv-vlmevalkit is up to date" in project.install("vlmevalkit").stdout
+
+
+def test_an_environment_that_there_is_not(project):
+    result = project.install("vlmeval")
+    assert result.returncode == 1
+    assert result.stderr == (
+        "install: error: there is no environment vlmeval; there is vlmevalkit.\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,9 @@ def write_report(
         "question kind's most frequent answer. A quarter of the boards are inverted, which the\n"
         "tower sees for the first time in stage 2's training.\n\n"
         "![boards with questions, the truth and each stage's answer](boards.png)\n\n"
-        "![training loss of both stages](losses.png)\n",
+        "![training loss of both stages](losses.png)\n\n"
+        "The benchmark's [table](table/table.html), and [stage 1 against stage 2]"
+        "(comparison/compare.html) with the questions that flipped.\n",
         encoding="utf-8",
     )
 
@@ -62,9 +64,21 @@ def table(values: dict) -> str:
             "",
             served_line(values["served"], values["parity"]),
             "",
+            benchmark_line(values["benchmark"]),
+            "",
             f"Seconds: {seconds}.",
         ]
     )
+
+
+def benchmark_line(figures: dict[str, dict]) -> str:
+    """The same questions through vLLM and EvalScope, and by the local scorer."""
+    each = ", ".join(
+        f"{name} {figure['evalscope']:.1f} % ({figure['local']:.1f} %)"
+        for name, figure in figures.items()
+    )
+    (count,) = {figure["n"] for figure in figures.values()}
+    return f"Through vLLM and EvalScope, {count} questions (and by the local scorer): {each}."
 
 
 def served_line(served: dict, parity: list[dict]) -> str:

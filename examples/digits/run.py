@@ -23,6 +23,7 @@ from examples.digits.score import chance, language_model_loss, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 2
+BENCHMARK_ROWS = 200
 
 
 class Demo:
@@ -32,7 +33,7 @@ class Demo:
         self.out = out
         self.seconds: dict[str, float] = {}
         self.data, self.donors, self.graft = out / "data", out / "donors", out / "graft"
-        self.export = out / "export"
+        self.exports, self.results = out / "exports", out / "results"
 
     @contextmanager
     def phase(self, name: str, what: str):
@@ -44,7 +45,7 @@ class Demo:
 
     def make(self) -> dict:
         """Run all phases; returns the report."""
-        for old in ("graft", "stage1", "stage2", "export"):
+        for old in ("graft", "stage1", "stage2", "exports", "results"):
             shutil.rmtree(self.out / old, ignore_errors=True)
         if not self.data.exists():
             with self.phase("data", "boards of handwritten digits, and questions about them"):
@@ -67,14 +68,17 @@ class Demo:
             self.chat(stage2)
         with self.phase("score", "every checkpoint answers the held-out questions"):
             scores = self.score(models)
-        with self.phase("export", "a directory that transformers and vLLM load"):
-            run("serve/export.py", self.out / "stage2", "--out", self.export)
+        with self.phase("export", "directories that transformers and vLLM load"):
+            for name, model in models.items():
+                run("serve/export.py", model, "--out", self.exports / name)
         with self.phase("parity", "our model, transformers and vLLM on the same requests"):
-            run("serve/parity.py", self.export, "--json", self.out / "parity.json")
+            run("serve/parity.py", self.exports / "stage2", "--json", self.out / "parity.json")
         with self.phase("serve", "vLLM answers held-out questions as our own generation does"):
             files = ("--data", self.data, "--out", self.out / "served.json")
-            models = ("--model", stage2, "--export", self.export)
-            run("-m", "examples.digits.serve", *models, *files)
+            pair = ("--model", stage2, "--export", self.exports / "stage2")
+            run("-m", "examples.digits.serve", *pair, *files)
+        with self.phase("eval", "every checkpoint through vLLM and EvalScope"):
+            self.evaluate(models)
         return self.report(json.loads(proof.read_text()), scores)
 
     def train(self, stage: str, model: Path) -> Path:
@@ -115,6 +119,20 @@ class Demo:
                     raise SystemExit(f"scoring {name} failed (see above)")
         return {name: json.loads(file.read_text()) for name, file in files.items()}
 
+    def evaluate(self, models: dict[str, Path]) -> None:
+        """The first held-out questions as a benchmark; a table, and stage 1 against stage 2."""
+        questions = self.data / "benchmark.jsonl"
+        rows = (self.data / "held_out.jsonl").read_text(encoding="utf-8").splitlines(True)
+        questions.write_text("".join(rows[:BENCHMARK_ROWS]), encoding="utf-8")
+        for name in models:
+            run(
+                *("eval/run.py", "examples/digits/digits.yaml", "--data_root", questions),
+                *("--serve", self.exports / name, "--results", self.results),
+            )
+        run("eval/table.py", self.results, "--out", self.out / "table")
+        stages = [self.results / name / "digits" for name in ("stage1", "stage2")]
+        run("eval/compare.py", *stages, "--out", self.out / "comparison")
+
     def report(self, proof: dict, scores: dict[str, dict]) -> dict:
         rows = read_rows(self.data / "held_out.jsonl")
         text_rows = read_rows(self.data / "held_out_text.jsonl")
@@ -137,11 +155,28 @@ class Demo:
             },
             "parity": json.loads((self.out / "parity.json").read_text()),
             "served": json.loads((self.out / "served.json").read_text()),
+            "benchmark": benchmark_scores(self.results, scores, rows),
             "seconds": self.seconds,
         }
         answers = {name: score["answers"] for name, score in scores.items()}
         write_report(self.out, values, rows, answers, self.data)
         return values
+
+
+def benchmark_scores(results: Path, scores: dict[str, dict], rows: list[dict]) -> dict[str, dict]:
+    """EvalScope's figure of every checkpoint, and the local scorer's on the same questions."""
+    truths = [row["messages"][-1]["content"] for row in rows[:BENCHMARK_ROWS]]
+    figures = {}
+    for name, score in scores.items():
+        result = json.loads((results / name / "digits" / "result.json").read_text())
+        pairs = zip(score["answers"], truths, strict=False)
+        right = sum(answer == truth for answer, truth in pairs)
+        figures[name] = {
+            "n": result["n"],
+            "evalscope": result["score"],
+            "local": 100 * right / len(truths),
+        }
+    return figures
 
 
 def scores_of(scores: dict[str, dict]) -> list[str]:

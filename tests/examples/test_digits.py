@@ -92,6 +92,7 @@ def test_report_holds_every_figure_and_pictures(data, tmp_path):
         "text_loss": {"llm": 0.006, "graft": 0.006, "stage2": 0.0071},
         "by_inverted": {s: {"False": 98.0, "True": 71.0} for s in ("graft", "stage1", "stage2")},
         "trainable_parameters": {"stage1": 328448, "stage2": 1780032},
+        "benchmark": {"stage2": {"n": 200, "evalscope": 98.5, "local": 98.0}},
         "served": {"questions": 10, "served_equals_local": 10, "right": 9},
         "parity": [{"passed": True, "logprobs": 2e-6}, {"passed": False, "logprobs": 0.5}],
         "seconds": {"donors": 200.0, "stage1": 40.0},
@@ -105,6 +106,7 @@ def test_report_holds_every_figure_and_pictures(data, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text()) == values
     text = (tmp_path / "report.md").read_text()
     assert table(values) in text and "| stage1 | 88.2 % | 71.0 % | 0.300 |  | 328,448 |" in text
+    assert "200 questions (and by the local scorer): stage2 98.5 % (98.0 %)" in text
     assert "10 of 10 answers equal" in text and "1 of 2 comparisons agree" in text
     for name in ("boards.png", "losses.png"):
         with Image.open(tmp_path / name) as image:
