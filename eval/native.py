@@ -1,7 +1,10 @@
 """EvalScope's native backend: its config is built, its output is read, the scoring is its own."""
 
 import logging
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,6 +13,8 @@ from eval.native_samples import read_samples, recording, shorten
 from eval.options import Options
 from eval.result import EvalError, Result, SampleResult, data_hash
 
+CACHE = "cache"
+"""What the library unpacks of local data; gone when the run ends."""
 ASKED = "asked.txt"
 """Hash of the data that a run was begun with: the library knows an answer by its number alone."""
 
@@ -29,7 +34,10 @@ def run(benchmark: Benchmark, options: Options) -> tuple[Result, list[SampleResu
     began = time.monotonic()
     settings = task_settings(benchmark, options)
     cut_torn_lines(options.backend_folder)
-    with recording(benchmark.native, options.backend_folder / ASKED) as recorder:
+    with (
+        recording(benchmark.native, options.backend_folder / ASKED) as recorder,
+        cache_of_its_own(options) if options.data_root else nullcontext(),
+    ):
         try:
             report = run_task(TaskConfig(**settings))[benchmark.native]
         except EvalError:
@@ -79,6 +87,8 @@ def task_settings(benchmark: Benchmark, options: Options) -> dict:
         "ignore_errors": True,
         "judge": judge_settings(benchmark, options),
     }
+    if data is not None:
+        settings["dataset_dir"] = str(options.backend_folder / CACHE)
     if options.resume and (options.backend_folder / "predictions").is_dir():
         settings["use_cache"] = str(options.backend_folder)
         # Answers are kept, scores are made anew: else the library refuses an endpoint that moved
@@ -93,6 +103,26 @@ def cut_torn_lines(folder: Path) -> None:
         with path.open("rb+") as file:
             whole = sum(len(line) for line in file if line.endswith(b"\n"))
             file.truncate(whole)
+
+
+@contextmanager
+def cache_of_its_own(options: Options) -> Iterator[None]:
+    """`datasets` and the library cache local files by the names of their folders alone.
+
+    From a cache that lasts they would go on giving what was there before a download was completed
+    or a file replaced.
+    """
+    import datasets
+
+    before = datasets.config.HF_DATASETS_CACHE
+    folder = options.backend_folder / CACHE
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    datasets.config.HF_DATASETS_CACHE = folder
+    try:
+        yield
+    finally:
+        datasets.config.HF_DATASETS_CACHE = before
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def extra_body(benchmark: Benchmark) -> dict:
@@ -196,10 +226,15 @@ def protocol(benchmark: Benchmark, options: Options) -> dict:
 
 
 def quiet() -> None:
-    """The progress bar and errors stay on the terminal; all is in `backend/logs/`."""
+    """The progress bar stays on the terminal; what the library says, with a traceback for every
+    sample that failed, is in `backend/logs/`."""
     from evalscope.utils.logger import get_logger
 
-    for logger in (get_logger(), logging.getLogger()):
-        for handler in logger.handlers:
-            if not isinstance(handler, logging.FileHandler):
-                handler.addFilter(lambda record: record.levelno >= logging.ERROR)
+    logging.getLogger().setLevel(logging.WARNING)  # its import sets INFO, for everybody
+    for handler in get_logger().handlers:
+        if not isinstance(handler, logging.FileHandler):
+            handler.addFilter(_nothing)
+
+
+def _nothing(_record: logging.LogRecord) -> bool:
+    return False

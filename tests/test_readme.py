@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.eval.known_endpoint import knowing
 from tests.tiny import write_llm_donor, write_vision_donor
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +61,7 @@ def tree_files() -> list[str]:
 def sandbox(tmp_path_factory) -> Path:
     """A folder like the project's, with README's donors, data and image in place."""
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("vlm", "train", "serve", "configs"):
+    for name in ("vlm", "train", "serve", "eval", "configs"):
         (folder / name).symlink_to(ROOT / name)
     for command in commands(README):
         if command.startswith("hf download"):
@@ -108,12 +109,15 @@ def test_the_commands_run_in_their_order(sandbox):
                 command += " --engines transformers"  # vLLM: tests/serve/test_parity.py
             if "serve/launch.py" in command:
                 command = f"timeout --preserve-status --signal INT 10 {command}"
-            result = run(command, sandbox)
+            with knowing({"": "A cat on a chair."}) as endpoint:  # for what would serve a model
+                there = f"--api_base {endpoint.url} --model fake-vl"
+                result = run(command.replace("--serve exports/my-vlm", there), sandbox)
             output = f"{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
             assert result.returncode == 0, f"{command}\n{output}"
             done.append(command)
     scripts = ("vlm.graft build", "vlm.graft verify", "stage1", "stage2")
     scripts += tuple(f"serve/{name}.py" for name in ("export", "parity", "chat", "launch"))
+    scripts += ("eval/run.py",)
     for script in scripts:
         assert any(script in command for command in done), f"README has no {script} command"
 

@@ -4,7 +4,6 @@ The scores expected here are worked out by hand.
 """
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -20,9 +19,7 @@ from eval.result import read_result
 from eval.run import main
 from tests.eval import families
 from tests.eval.known_endpoint import knowing
-from tests.eval.test_native import no_of, numbers
-from tests.serve.processes import living, wait_until
-from tests.tiny import write_hybrid
+from tests.eval.native_runs import numbers
 
 ROOT = Path(__file__).parents[2]
 ROWS = [(f"What is no. {number}?", gold) for number, gold in enumerate("abcd", 1)]
@@ -165,7 +162,7 @@ def test_what_is_known_to_go_wrong_blocks_no_later_run(data, tmp_path, capsys, m
         given = ("custom", "--data_root", data)
         empty = tmp_path / "empty.jsonl"
         empty.touch()
-        bad = tmp_path / "bad.jsonl"
+        bad = data.with_name("bad.jsonl")
         bad.write_text(data.read_text() + '{"messages": []}\n')
         unlisted = arguments(server, tmp_path, *given)
         unlisted[unlisted.index("fake-vl")] = "no-vl"
@@ -222,20 +219,20 @@ def test_a_suite_goes_on_after_a_failure(tmp_path, capsys):
     suite = tmp_path / "suite_mine.yaml"
     suite.write_text("benchmarks: [chartqa, docvqa, pope]\n")
     given = ("--suite", suite, "--data_root", root)
-    said = {"no. 1?\nThe last": "red", "no. 2?\nThe last": "red", "a no. 1?": "Yes"}
-    said |= {"a no. 2?": 400, "a no. 3?": "No"}
-    with knowing(said) as server:
+    said = {"is no. 1?\nThe last": "red", "is no. 2?\nThe last": "red", "a no. 1?": "Yes"}
+    said |= {"a no. 2?": "No", "a no. 3?": "No"}
+    with knowing({**said, "a no. 2?": 400}) as server:
         assert run(server, tmp_path, *given) == 2
     output = capsys.readouterr()
     assert output.out == "docvqa (native): ANLS 100.00 (n 2, unparsed 0.0%, truncated 0.0%)\n"
     assert "error: chartqa: " in output.err and "no data of chartqa" in output.err
     assert "error: pope (native): no score, 1 of 3 samples" in output.err
     families.chartqa(root, [("human_test", "7"), ("augmented_test", "8")])
-    said |= {"no. 1?\n\nThe last": "ANSWER: 7", "no. 2?\n\nThe last": "ANSWER: 8"}
+    said |= {"is no. 1?\n\nThe last": "ANSWER: 7", "is no. 2?\n\nThe last": "ANSWER: 8"}
     with knowing({**said, "a no. 2?": 400}) as server:
         assert run(server, tmp_path, *given, "--resume") == 1
         assert numbers(server) == [1, 2, 2]
-    with knowing({**said, "a no. 2?": "No"}) as server:
+    with knowing(said) as server:
         assert run(server, tmp_path, *given, "--resume") == 0
         assert numbers(server) == [2]
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
@@ -288,48 +285,3 @@ def test_killed_after_the_last_answer(lost, data, tmp_path, whole):
         assert run(server, tmp_path, *given, "--resume") == 0
         assert len(server.requests) == 4
     assert evidence(tmp_path) == whole
-
-
-def test_a_server_of_ones_own_is_started_waited_for_and_stopped(data, tmp_path, capfd, monkeypatch):
-    command = tmp_path / "bin" / "vllm"
-    command.parent.mkdir()
-    source = (ROOT / "tests" / "serve" / "fake_vllm.py").read_text()
-    command.write_text(f"#!{sys.executable}\n{source}")
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
-    monkeypatch.setenv("FAKE_RECORD", str(tmp_path / "record.json"))
-    export = write_hybrid(tmp_path / "my-vlm")
-    shutil.copyfile(export / "preprocessor_config.json", export / "video_preprocessor_config.json")
-    words = ["custom", "--data_root", data, "--serve", export, "--results", tmp_path / "results"]
-    assert main([str(word) for word in words]) == 2  # the stand-in lists no models
-    assert "answers 404 Not Found to a list of models" in capfd.readouterr().err
-    record = json.loads((tmp_path / "record.json").read_text())
-    given = record["arguments"]
-    assert given[given.index("--served-model-name") + 1] == "my-vlm"
-    assert wait_until(lambda: not living(record["group"]))
-
-
-def test_a_server_that_does_not_start(data, tmp_path, capfd):
-    words = ["custom", "--data_root", data, "--serve", tmp_path, "--results", tmp_path / "results"]
-    assert main([str(word) for word in words]) == 2
-    assert f"error: {tmp_path} could not be served (see above)" in capfd.readouterr().err
-
-
-@pytest.mark.slow
-def test_with_vllm_itself(data, tmp_path, capfd):
-    pytest.importorskip("vllm")
-    from serve.export import ExportOptions, export
-
-    folder = export(ExportOptions(write_hybrid(tmp_path / "model"), tmp_path / "my-vlm"))
-    words = ["custom", "--data_root", data, "--serve", folder, "--results", tmp_path / "results"]
-    yaml_file = mine(tmp_path, max_tokens=8)
-    words[0] = yaml_file
-    assert main([str(word) for word in words]) == 0
-    place = tmp_path / "results" / "my-vlm" / "mine"
-    result, samples = read_result(place)
-    assert result.complete and result.n == 4 and result.model == "my-vlm"
-    assert all(sample.truncated or sample.raw for sample in samples)
-    assert [no_of(sample.question) for sample in samples] == [1, 2, 3, 4]
-    before = (place / "result.json").read_bytes()
-    assert main([str(word) for word in (*words, "--resume")]) == 0
-    assert (place / "result.json").read_bytes() == before
