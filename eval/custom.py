@@ -95,6 +95,8 @@ class CustomAdapter(VisionLanguageAdapter):
 
     def extract_answer(self, prediction: str, task_state) -> str:
         """The letter of a choice; else what follows `ANSWER:` where the model writes so, or all."""
+        if "<think>" in prediction:  # cut off in the middle of a thought: there is no answer
+            return ""
         if task_state.choices:
             return "".join(sorted(parse_answers(task_state, completion=prediction)))
         marked = extract_answer_line(prediction)

@@ -9,10 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from eval.benchmarks import Benchmark
-from eval.native_samples import read_samples, recording, shorten
+from eval.native_samples import read_samples, recording, shorten, without_keys
 from eval.options import Options
 from eval.result import EvalError, Result, SampleResult, data_hash
 
+OWN_DATA = "graftvl_custom"
 CACHE = "cache"
 """What the library unpacks of local data; gone when the run ends."""
 ASKED = "asked.txt"
@@ -49,6 +50,8 @@ def run(benchmark: Benchmark, options: Options) -> tuple[Result, list[SampleResu
     if not report:
         raise EvalError(f"{benchmark.name} has no samples; is its data in the layout it expects?")
     samples = read_samples(options, benchmark, recorder)
+    for log in (options.backend_folder / "logs").glob("*.log"):
+        log.write_text(without_keys(log.read_text(encoding="utf-8"), options), encoding="utf-8")
     return summarise(benchmark, options, report, samples, time.monotonic() - began), samples
 
 
@@ -136,7 +139,7 @@ def judge_settings(benchmark: Benchmark, options: Options) -> dict:
     if options.judge is None:
         return {"strategy": "rule"} if benchmark.judge != "none" else {}
     model = {"model_id": options.judge.model, "api_url": options.judge.api_base}
-    return {"strategy": "llm", "models": [model | {"api_key": options.api_key}]}
+    return {"strategy": "llm", "models": [model | {"api_key": options.judge.api_key}]}
 
 
 def local_data(benchmark: Benchmark, options: Options) -> Path | None:
@@ -179,9 +182,11 @@ def summarise(
         benchmark=benchmark.name,
         checkpoint=options.checkpoint,
         model=options.model,
+        weights=options.weights,
+        size=benchmark.size,
         backend="native",
         backend_version=f"evalscope {version('evalscope')}",
-        metric=benchmark.metric,
+        metric=label(benchmark),
         score=score,
         n=len(samples),
         errored=errored,
@@ -192,8 +197,25 @@ def summarise(
         protocol=protocol(benchmark, options),
         data_hash=data_hash(samples),
         seconds=round(seconds, 1),
-        notes=[benchmark.differs] if benchmark.differs else [],
+        notes=notes(benchmark, options, samples),
     )
+
+
+def label(benchmark: Benchmark) -> str:
+    """The metric's name: of one's own data the one that was chosen."""
+    own = benchmark.native == OWN_DATA and benchmark.native_metric
+    return benchmark.native_metric if own else benchmark.metric
+
+
+def notes(benchmark: Benchmark, options: Options, samples: list[SampleResult]) -> list[str]:
+    """What a reader of the score should know."""
+    found = [benchmark.differs] if benchmark.differs else []
+    if benchmark.size and len(samples) != benchmark.size and options.limit is None:
+        found.append(f"n {len(samples):,} of {benchmark.size:,}: not the benchmark as it is known")
+    scored = sum(sample.score is not None for sample in samples)
+    if 0 < scored < len(samples) and not any(sample.error for sample in samples):
+        found.append(f"{scored:,} of {len(samples):,} samples have this metric")
+    return found
 
 
 def pick_metric(benchmark: Benchmark, report):
@@ -214,6 +236,9 @@ def protocol(benchmark: Benchmark, options: Options) -> dict:
     return {
         "backend": "native",
         "dataset": benchmark.native,
+        "metric": benchmark.metric,
+        "native_metric": benchmark.native_metric,
+        "scale": benchmark.scale,
         "subsets": benchmark.subsets,
         "prompt": benchmark.prompt or "the adapter's own",
         "dataset_args": benchmark.dataset_args,

@@ -73,7 +73,7 @@ def recording(name: str, asked: Path) -> Iterator[type]:
 
 
 def _unanswered(subset: str, sample) -> SampleResult:
-    question, images = _asked(sample.input)
+    question, images, videos = _asked(sample.input)
     return SampleResult(
         id=f"{subset}/{sample.id}",
         subset=subset,
@@ -83,6 +83,7 @@ def _unanswered(subset: str, sample) -> SampleResult:
         extracted=None,
         score=None,
         images=images,
+        videos=videos,
     )
 
 
@@ -107,7 +108,8 @@ def read_samples(options: Options, benchmark: Benchmark, recorder) -> list[Sampl
             metric = benchmark.native_metric if own else scores[key].get("main_score_name")
             sample = _scored(sample, scores[key], metric, recorder.yes_no)
         else:
-            sample = replace(sample, error=recorder.errors.get(key, "it was never asked"))
+            reason = recorder.errors.get(key, "it was never asked")
+            sample = replace(sample, error=without_keys(reason, options))
         results.append(sample)
     return results
 
@@ -149,18 +151,28 @@ def _rows(options: Options, kind: str, benchmark: Benchmark):
                 yield subset, json.loads(line)
 
 
-def _asked(messages) -> tuple[str, tuple[str, ...]]:
-    """Text and images of a sample's messages."""
-    texts, images = [], []
+def _asked(messages) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """Text, images and videos of a sample's messages."""
+    texts, images, videos = [], [], []
     for message in [messages] if isinstance(messages, str) else messages:
         content = message if isinstance(message, str) else message.content
         for part in [content] if isinstance(content, str) else content:
             kind = getattr(part, "type", "text")
             if kind == "image":
                 images.append(part.image)
+            elif kind == "video":
+                videos.append(part.video)
             elif kind == "text":
                 texts.append(part if isinstance(part, str) else part.text)
-    return "\n".join(texts).strip(), tuple(images)
+    return "\n".join(texts).strip(), tuple(images), tuple(videos)
+
+
+def without_keys(text: str, options: Options) -> str:
+    """A server may repeat a key in what it says."""
+    for key in (options.api_key, options.judge.api_key if options.judge else ""):
+        if key not in ("", "EMPTY"):
+            text = text.replace(key, "***")
+    return text
 
 
 def shorten(error: Exception) -> str:

@@ -10,6 +10,7 @@ class Judge:
 
     api_base: str
     model: str
+    api_key: str = "EMPTY"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Options:
     """Seconds that one answer may take."""
     retries: int = 2
     """Further tries of a request that failed for the server's sake."""
+    weights: str = ""
+    """Fingerprint of the export that is served; empty for an endpoint of which nobody knows."""
 
     @property
     def backend_folder(self) -> Path:

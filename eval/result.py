@@ -44,6 +44,8 @@ class SampleResult:
     """Why there is no answer."""
     images: tuple[str, ...] = ()
     """Data URIs, or paths that are absolute or relative to the working directory of the run."""
+    videos: tuple[str, ...] = ()
+    """The same."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,14 @@ class Result:
     protocol: dict
     """Prompt, generation config, thinking, judge, limit, subsets: what makes scores comparable."""
     data_hash: str
-    """Of what was asked: questions, answers and pictures."""
+    """Of what was asked: questions, answers, pictures and videos."""
     seconds: float
     model: str = ""
     """As the endpoint calls it."""
+    weights: str = ""
+    """Fingerprint of the export that was served; empty for an endpoint of which nobody knows."""
+    size: int | None = None
+    """Samples that the benchmark has; None where its YAML does not know."""
     notes: list[str] = field(default_factory=list)
     """What a reader of the score should know."""
 
@@ -86,13 +92,13 @@ class Result:
 
 
 def data_hash(samples: Iterable[SampleResult]) -> str:
-    """Of questions, answers and pictures, whatever became of them; equal for equal data."""
+    """Of all that was asked, whatever became of it; equal for equal data."""
     digest = sha256()
     for sample in sorted(samples, key=lambda sample: sample.id):
         digest.update(json.dumps([sample.id, sample.question, sample.gold]).encode())
-        for image in sample.images:
-            path = Path(image) if len(image) < MAX_PATH and not image.startswith("data:") else None
-            digest.update(path.read_bytes() if path and path.is_file() else image.encode())
+        for media in (*sample.images, *sample.videos):
+            path = Path(media) if len(media) < MAX_PATH and not media.startswith("data:") else None
+            digest.update(path.read_bytes() if path and path.is_file() else media.encode())
     return digest.hexdigest()[:16]
 
 
@@ -118,7 +124,7 @@ def read_result(folder: Path) -> tuple[Result, list[SampleResult]]:
         content.pop("complete")
         lines = (folder / SAMPLES).read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line) for line in lines if line]
-        samples = [SampleResult(**row | {"images": tuple(row["images"])}) for row in rows]
+        samples = [_sample(row) for row in rows]
         result = Result(**content)
         scores = [result.score, *(sample.score for sample in samples)]
         if not all(isinstance(score, int | float | None) for score in scores):
@@ -128,6 +134,11 @@ def read_result(folder: Path) -> tuple[Result, list[SampleResult]]:
         raise EvalError(f"{error.filename} does not exist; run the benchmark first") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise EvalError(f"{folder} holds no result that can be read ({error})") from None
+
+
+def _sample(row: dict) -> SampleResult:
+    media = {name: tuple(row.get(name, ())) for name in ("images", "videos")}
+    return SampleResult(**row | media)
 
 
 def find_results(folders: Iterable[Path]) -> list[Path]:

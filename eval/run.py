@@ -11,20 +11,26 @@ those again. Exit code 2: a mistake in what was asked for.
 
 import argparse
 import json
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 from eval import benchmarks
 from eval.benchmarks import Benchmark
 from eval.options import Judge, Options
-from eval.preflight import check
+from eval.preflight import check_endpoints, check_settings
 from eval.result import RESULT, EvalError, Result, read_result, write_result
 from eval.server import serving
 
+API_KEY, JUDGE_API_KEY = "OPENAI_API_KEY", "JUDGE_API_KEY"
+"""Variables that keys are taken from: everybody can read a command line."""
+MAX_NAME = 200
 RUN = "run.json"
 """What a result was begun with; a run is resumed only with the same."""
 ANSWERS = ("predictions/**/*.jsonl", "answers.jsonl")
@@ -43,7 +49,8 @@ def run_benchmark(benchmark: Benchmark, options: Options, backend: str) -> Resul
     """
     if benchmark.judge == "none":  # in a suite the judge is there for the others
         options = replace(options, judge=None)
-    check(benchmark, options, backend)
+    check_settings(benchmark, options, backend)
+    check_endpoints(options)
     done = prepare(benchmark, options, backend)
     if done is not None:
         return done
@@ -64,6 +71,7 @@ def prepare(benchmark: Benchmark, options: Options, backend: str) -> Result | No
         "model": options.model,
         "data_root": str(options.data_root.resolve()) if options.data_root else None,
         "limit": options.limit,
+        "weights": options.weights,
         "judge": options.judge.model if options.judge else None,
         **{key: getattr(benchmark, key) for key in DECIDES},
     }
@@ -86,7 +94,9 @@ def prepare(benchmark: Benchmark, options: Options, backend: str) -> Result | No
             )
     if (options.folder / RESULT).exists():
         result, _ = read_result(options.folder)
-        return result if result.complete else None
+        # What is complete is read and scored again, which asks nothing of the model and finds out
+        # whether the data has changed; a judge would be asked again.
+        return result if result.complete and options.judge else None
     return None
 
 
@@ -96,7 +106,10 @@ def line(result: Result) -> str:
     if not result.complete:
         lacking = result.errored + result.missing
         return f"{name}: no score, {lacking} of {result.n} samples have no answer"
-    extras = f"n {result.n}, unparsed {result.unparsed:.1%}, truncated {result.truncated:.1%}"
+    of = f" of {result.size:,}" if result.size and result.size != result.n else ""
+    trial = ", a trial with --limit" if result.protocol.get("limit") else ""
+    extras = f"n {result.n:,}{of}, unparsed {result.unparsed:.1%}, truncated {result.truncated:.1%}"
+    extras += trial
     return f"{name}: {result.metric} {result.score:.2f} ({extras})"
 
 
@@ -116,7 +129,7 @@ def run_all(chosen: Sequence[Benchmark], options: Options, backend: str | None) 
         try:
             own = replace(options, folder=folder)
             result = run_benchmark(benchmark, own, backend or benchmark.backends[0])
-        except EvalError as error:
+        except (EvalError, OSError) as error:
             print(f"error: {benchmark.name}: {error}", file=sys.stderr)
             code = max(code, 2)
             continue
@@ -141,13 +154,20 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--results", type=Path, default=Path("results"))
     add("--backend", choices=("native", "vlmevalkit"), help="default: the benchmark's first")
     add("--data_root", type=Path, help="folder of the benchmarks' data; for custom the JSONL file")
-    add("--limit", type=int, help="samples of each subset: a trial, no score")
+    add("--limit", type=int, help="samples of each subset: a trial, marked as one")
     add("--resume", action="store_true", help="ask only what has no answer yet")
     add("--judge", type=_judge, metavar="URL,MODEL", help="a model that scores answers")
     add("--concurrency", type=int, default=Options.concurrency, help="requests at a time")
     add("--timeout", type=float, default=Options.timeout, help="seconds an answer may take")
-    add("--api_key", default=Options.api_key)
     options = parser.parse_args(arguments)
+    for name, least in (("limit", 1), ("concurrency", 1), ("timeout", 0.001)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            parser.error(f"--{name} is {value}; it must be {least} or more")
+    if len(set(options.benchmarks)) < len(options.benchmarks):
+        parser.error("a benchmark is named twice")
+    if options.serve and options.model:
+        parser.error("--model goes with --api_base; name a served export by --checkpoint")
     if bool(options.benchmarks) == bool(options.suite):
         parser.error("name benchmarks, or a --suite")
     if bool(options.serve) == bool(options.api_base):
@@ -161,12 +181,35 @@ def _judge(text: str) -> Judge:
     url, comma, model = text.rpartition(",")
     if not comma or not url.startswith("http"):
         raise argparse.ArgumentTypeError(f"{text!r} is not URL,MODEL")
-    return Judge(_with_v1(url), model)
+    return Judge(_with_v1(url), model, os.environ.get(JUDGE_API_KEY, "EMPTY"))
 
 
 def _with_v1(url: str) -> str:
     url = url.rstrip("/")
     return url if url.endswith("/v1") else f"{url}/v1"
+
+
+def folder_name(checkpoint: str) -> str:
+    """A checkpoint's name as that of its folder of results."""
+    name = checkpoint.replace("/", "_")
+    if name in ("", ".", "..") or not name.isprintable() or len(name.encode()) > MAX_NAME:
+        raise EvalError(f"{checkpoint[:40]!r} is no name for a folder; choose another --checkpoint")
+    return name
+
+
+def fingerprint(export: Path) -> str:
+    """Of an export's config and weights, without reading these: names, sizes and times."""
+    digest = sha256()
+    for path in sorted(export.glob("*.safetensors")):
+        state = path.stat()
+        digest.update(f"{path.name} {state.st_size} {state.st_mtime_ns}".encode())
+    config = export / "config.json"
+    digest.update(config.read_bytes() if config.exists() else b"")
+    return digest.hexdigest()[:16]
+
+
+def _end(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -180,20 +223,25 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             checkpoint = given.checkpoint or given.model
             server = nullcontext((_with_v1(given.api_base), given.model))
+        options = Options(
+            api_base="",
+            model="",
+            checkpoint=folder_name(checkpoint),
+            folder=given.results,
+            api_key=os.environ.get(API_KEY, "EMPTY"),
+            data_root=given.data_root,
+            limit=given.limit,
+            resume=given.resume,
+            judge=given.judge,
+            concurrency=given.concurrency,
+            timeout=given.timeout,
+            weights=fingerprint(given.serve) if given.serve else "",
+        )
+        if given.serve:  # half a minute saved where it is known already
+            for benchmark in chosen:
+                check_settings(benchmark, options, given.backend or benchmark.backends[0])
         with server as (api_base, model):
-            options = Options(
-                api_base=api_base,
-                model=model,
-                checkpoint=checkpoint.replace("/", "_"),
-                folder=given.results,
-                api_key=given.api_key,
-                data_root=given.data_root,
-                limit=given.limit,
-                resume=given.resume,
-                judge=given.judge,
-                concurrency=given.concurrency,
-                timeout=given.timeout,
-            )
+            options = replace(options, api_base=api_base, model=model)
             return run_all(chosen, options, given.backend)
     except EvalError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -201,4 +249,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, _end)  # so that a server is stopped
     sys.exit(main())

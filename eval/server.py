@@ -1,5 +1,6 @@
 """A server for the length of a run: `serve/launch.py` as a process of its own."""
 
+import ctypes
 import signal
 import socket
 import subprocess
@@ -7,13 +8,14 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from eval.result import EvalError
 
 LAUNCHER = Path(__file__).parents[1] / "serve" / "launch.py"
 POLL_SECONDS = 0.5
+PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
@@ -25,7 +27,10 @@ def serving(export: Path, name: str) -> Iterator[tuple[str, str]]:
     """
     port = _free_port()
     flags = ["--port", str(port), "--served_model_name", name]
-    process = subprocess.Popen([sys.executable, str(LAUNCHER), str(export), *flags])
+    process = subprocess.Popen(
+        [sys.executable, str(LAUNCHER), str(export), *flags],
+        preexec_fn=_end_with_parent,
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         while not _healthy(url):
@@ -36,6 +41,12 @@ def serving(export: Path, name: str) -> Iterator[tuple[str, str]]:
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait()
+
+
+def _end_with_parent() -> None:
+    """Should this process be killed, the launcher gets SIGTERM; Linux alone knows how."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _free_port() -> int:

@@ -10,6 +10,7 @@ library's, asks what the journal lacks, and scores everything anew.
 Imports the library, the standard library and the journal: nothing else is there.
 """
 
+import copy
 import functools
 import json
 import logging
@@ -20,9 +21,8 @@ from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
-from eval.vlmevalkit_journal import Journal, key_of
+from eval.vlmevalkit_journal import EMPTY, FAILED, PROGRESS, Journal, key_of, without_keys
 
-PROGRESS = "@progress"
 TEXT_COLUMNS = ("prediction", "eval_pred", "res", "extract")
 SCORE_COLUMNS = ("hit", "score")
 
@@ -37,7 +37,8 @@ def main(request: dict) -> dict:
     journal.watch()
     watched = Watched(request, journal)
     watched.watch()
-    run_task(TaskConfig(**request["task"]))
+    # EvalScope writes a name for files over the model's own.
+    run_task(TaskConfig(**copy.deepcopy(request["task"])))
     return {
         "version": f"vlmevalkit {version('ms-vlmeval')} (evalscope {version('evalscope')})",
         "type": getattr(watched.dataset, "TYPE", None),
@@ -214,11 +215,10 @@ class Watched:
         answers = self.journal.answers.get(key, [])
         if prediction is None:
             return None, self.journal.failures.get(key)
-        if "Failed to obtain answer via API" in prediction:
-            # The library's words for both, no answer and an empty one.
-            empty = [answer for answer in answers if not (answer["content"] or "").strip()]
-            reason = self.journal.failures.get(key, "no answer came")
-            return (empty[-1], None) if empty else (None, reason)
+        if FAILED in prediction:
+            return None, self.journal.failures.get(key, "no answer came")
+        if prediction == EMPTY:
+            answers = [answer for answer in answers if is_empty(answer["content"])]
         same = [a for a in answers if (a["content"] or "").strip().endswith(prediction)]
         return (same or answers or [{"content": prediction}])[-1], None
 
@@ -282,7 +282,7 @@ def _end_with_parent() -> None:
 if __name__ == "__main__":
     _end_with_parent()
     given = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    text = json.dumps(main(given), default=lambda value: value.item())
+    text = without_keys(json.dumps(main(given), default=lambda value: value.item()))
     unfinished = Path(given["outcome"] + ".partial")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(given["outcome"])

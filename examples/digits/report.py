@@ -78,7 +78,12 @@ def benchmark_line(figures: dict[str, dict]) -> str:
         for name, figure in figures.items()
     )
     (count,) = {figure["n"] for figure in figures.values()}
-    return f"Through vLLM and EvalScope, {count} questions (and by the local scorer): {each}."
+    differ = sum(figure["answers_that_differ"] for figure in figures.values())
+    return (
+        f"Through vLLM and EvalScope, {count} questions (and by the local scorer): {each}. "
+        f"{differ} answers differ between the two"
+        + (": in float32 two tokens of nearly equal weight may change places." if differ else ".")
+    )
 
 
 def served_line(served: dict, parity: list[dict]) -> str:

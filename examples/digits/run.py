@@ -169,12 +169,16 @@ def benchmark_scores(results: Path, scores: dict[str, dict], rows: list[dict]) -
     figures = {}
     for name, score in scores.items():
         result = json.loads((results / name / "digits" / "result.json").read_text())
-        pairs = zip(score["answers"], truths, strict=False)
-        right = sum(answer == truth for answer, truth in pairs)
+        answers = score["answers"][: len(truths)]
+        right = sum(map(str.__eq__, answers, truths))
+        lines = (results / name / "digits" / "samples.jsonl").read_text().splitlines()
+        served = {sample["id"]: sample["raw"] for sample in map(json.loads, lines)}
+        differ = sum(served[f"default/{n}"] != answer for n, answer in enumerate(answers))
         figures[name] = {
             "n": result["n"],
             "evalscope": result["score"],
             "local": 100 * right / len(truths),
+            "answers_that_differ": differ,
         }
     return figures
 

@@ -169,7 +169,6 @@ def test_what_is_known_to_go_wrong_blocks_no_later_run(data, tmp_path, capsys, m
         for words, said in (
             (arguments(dead, tmp_path, *given), "cannot be asked"),
             (unlisted, f"{server.url}/v1 has no model no-vl; it has fake-vl"),
-            (arguments(server, tmp_path, *given, "--api_key", "wrong"), "answers 401"),
             (arguments(server, tmp_path, "custom", "--data_root", "gone"), "gone does not exist"),
             (arguments(server, tmp_path, "custom"), "name a file with --data_root"),
             (arguments(server, tmp_path, "custom", "--data_root", empty), "has no samples"),
@@ -196,10 +195,52 @@ def test_what_is_known_to_go_wrong_blocks_no_later_run(data, tmp_path, capsys, m
         assert run(server, tmp_path, *given) == 0
 
 
+def test_keys_come_from_the_environment(data, tmp_path, capsys, monkeypatch):
+    """And each endpoint gets its own."""
+    monkeypatch.setenv("OPENAI_API_KEY", "wrong")
+    with knowing(ANSWERS) as server:
+        assert run(server, tmp_path, "custom", "--data_root", data) == 2
+        assert "answers 401" in errors(capsys)[0]
+        monkeypatch.setenv("OPENAI_API_KEY", "EMPTY")
+        monkeypatch.setenv("JUDGE_API_KEY", "wrong too")
+        words = arguments(server, tmp_path, "mmvet", "--judge", f"{server.url},fake-vl")
+        assert main(words) == 2
+        assert "answers 401" in errors(capsys)[0]
+
+
+def test_a_complete_result_is_not_resumed_on_other_data(data, tmp_path, capsys):
+    with knowing(ANSWERS) as server:
+        assert run(server, tmp_path, "custom", "--data_root", data) == 0
+        families.own(data, [(question, "z") for question, _ in ROWS])
+        assert run(server, tmp_path, "custom", "--data_root", data, "--resume") == 2
+        assert "is not what this run was begun with" in errors(capsys)[0]
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a\nb", "x" * 300])
+def test_a_checkpoint_that_is_no_folder(name, data, tmp_path, capsys):
+    with knowing(ANSWERS) as server:
+        words = arguments(server, tmp_path, "custom", "--data_root", data)
+        words[words.index("mine")] = name
+        assert main(words) == 2
+        assert "choose another --checkpoint" in errors(capsys)[0]
+        assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:80a", "http://a b", "http://[::1"])
+def test_a_url_that_is_none(url, data, tmp_path, capsys):
+    flags = ["--api_base", url, "--model", "m", "--results", str(tmp_path / "r")]
+    assert main(["custom", "--data_root", str(data), *flags]) == 2
+    assert "cannot be asked" in errors(capsys)[0]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         ([], "name benchmarks, or a --suite"),
+        (["pope", "pope"], "named twice"),
+        (["pope", "--api_base", "http://x", "--model", "m", "--limit", "0"], "--limit is 0"),
+        (["pope", "--api_base", "http://x", "--model", "m", "--concurrency", "0"], "must be 1"),
+        (["pope", "--serve", "x", "--model", "m"], "--model goes with --api_base"),
         (["pope", "--suite", "x"], "name benchmarks, or a --suite"),
         (["pope"], "give --api_base, or an export to --serve"),
         (["pope", "--api_base", "http://x"], "--api_base needs --model"),
@@ -224,7 +265,9 @@ def test_a_suite_goes_on_after_a_failure(tmp_path, capsys):
     with knowing({**said, "a no. 2?": 400}) as server:
         assert run(server, tmp_path, *given) == 2
     output = capsys.readouterr()
-    assert output.out == "docvqa (native): ANLS 100.00 (n 2, unparsed 0.0%, truncated 0.0%)\n"
+    assert (
+        output.out == "docvqa (native): ANLS 100.00 (n 2 of 5,349, unparsed 0.0%, truncated 0.0%)\n"
+    )
     assert "error: chartqa: " in output.err and "no data of chartqa" in output.err
     assert "error: pope (native): no score, 1 of 3 samples" in output.err
     families.chartqa(root, [("human_test", "7"), ("augmented_test", "8")])

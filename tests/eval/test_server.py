@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,7 +26,9 @@ def data(tmp_path) -> Path:
     return families.own(tmp_path / "data" / "held_out.jsonl", ROWS)
 
 
-def test_a_server_of_ones_own_is_started_waited_for_and_stopped(data, tmp_path, capfd, monkeypatch):
+@pytest.fixture
+def words(data, tmp_path, monkeypatch) -> list[str]:
+    """A command line that serves an export, with a stand-in for vLLM."""
     command = tmp_path / "bin" / "vllm"
     command.parent.mkdir()
     source = (ROOT / "tests" / "serve" / "fake_vllm.py").read_text()
@@ -34,8 +38,24 @@ def test_a_server_of_ones_own_is_started_waited_for_and_stopped(data, tmp_path, 
     monkeypatch.setenv("FAKE_RECORD", str(tmp_path / "record.json"))
     export = write_hybrid(tmp_path / "my-vlm")
     shutil.copyfile(export / "preprocessor_config.json", export / "video_preprocessor_config.json")
-    words = ["custom", "--data_root", data, "--serve", export, "--results", tmp_path / "results"]
-    assert main([str(word) for word in words]) == 2  # the stand-in lists no models
+    given = ["custom", "--data_root", data, "--serve", export, "--results", tmp_path / "results"]
+    return [str(word) for word in given]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_however_a_run_ends_its_server_ends_too(words, tmp_path, monkeypatch, number):
+    monkeypatch.setenv("FAKE_VLLM", "hangs")
+    process = subprocess.Popen([sys.executable, "eval/run.py", *words], cwd=ROOT)
+    record = tmp_path / "record.json"
+    assert wait_until(record.exists)
+    process.send_signal(number)
+    assert process.wait() != 0
+    group = json.loads(record.read_text())["group"]
+    assert wait_until(lambda: not living(group))
+
+
+def test_a_server_of_ones_own_is_started_waited_for_and_stopped(words, tmp_path, capfd):
+    assert main(words) == 2  # the stand-in lists no models
     assert "answers 404 Not Found to a list of models" in capfd.readouterr().err
     record = json.loads((tmp_path / "record.json").read_text())
     given = record["arguments"]

@@ -92,7 +92,9 @@ def test_report_holds_every_figure_and_pictures(data, tmp_path):
         "text_loss": {"llm": 0.006, "graft": 0.006, "stage2": 0.0071},
         "by_inverted": {s: {"False": 98.0, "True": 71.0} for s in ("graft", "stage1", "stage2")},
         "trainable_parameters": {"stage1": 328448, "stage2": 1780032},
-        "benchmark": {"stage2": {"n": 200, "evalscope": 98.5, "local": 98.0}},
+        "benchmark": {
+            "stage2": {"n": 200, "evalscope": 98.5, "local": 98.0, "answers_that_differ": 1}
+        },
         "served": {"questions": 10, "served_equals_local": 10, "right": 9},
         "parity": [{"passed": True, "logprobs": 2e-6}, {"passed": False, "logprobs": 0.5}],
         "seconds": {"donors": 200.0, "stage1": 40.0},
