@@ -82,6 +82,11 @@ class Benchmark:
         have = {"native": self.native, "vlmevalkit": self.vlmevalkit}
         return tuple(name for name in ("native", "vlmevalkit") if have[name])
 
+    def protocol(self) -> dict:
+        """What must be equal for two scores, whichever backend gave them."""
+        shared = ("metric", "scale", "temperature", "max_tokens", "thinking")
+        return {name: getattr(self, name) for name in shared}
+
     def __post_init__(self) -> None:
         """EvalError names what a backend would ignore or could not use."""
         if not self.backends:

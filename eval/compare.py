@@ -7,15 +7,19 @@ A difference is B - A. With --out also compare.md, compare.html, and a page for 
 with the samples that changed. Exit code 2: nothing could be compared; 1: some could not.
 """
 
+import json
 import re
 import sys
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 
 from eval.compare_html import overview_page, samples_page, show_p
+from eval.matrix import Key
 from eval.output import Parser, markdown_rows, write_files
 from eval.pairs import Comparison, compare, shared
 from eval.result import EvalError
+from eval.stats import INDEPENDENT
 
 
 def to_markdown(comparisons: Sequence[Comparison], said: Sequence[str]) -> str:
@@ -39,9 +43,22 @@ def to_markdown(comparisons: Sequence[Comparison], said: Sequence[str]) -> str:
     blocks.append(
         "Points of 100 over the samples that both have a score of; paired bootstrap interval, "
         "exact McNemar test where all scores are 0 or 1. Fell and rose: right to wrong and wrong "
-        "to right, or a lower and a higher score."
+        "to right, or a lower and a higher score. " + INDEPENDENT
     )
     return "\n\n".join(blocks + [f"Warning: {one}." for one in said]) + "\n"
+
+
+def page_name(key: Key) -> str:
+    """File of a benchmark's samples: the same in every report, and no other benchmark's.
+
+    What is not plain gets a digest: different names may be alike once cleaned, or where case does
+    not count.
+    """
+    name = "-".join(key)
+    if re.fullmatch(r"[a-z0-9_-]{1,100}-[a-z]+", name):
+        return f"{name}.html"
+    clean = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:100]
+    return f"{clean}-{sha256(json.dumps(key).encode()).hexdigest()[:8]}.html"
 
 
 def run(a: Path, b: Path, out: Path | None) -> int:
@@ -61,9 +78,7 @@ def run(a: Path, b: Path, out: Path | None) -> int:
     markdown = to_markdown(comparisons, said)
     print(markdown, end="")
     if out:
-        names = {
-            c.key: f"{re.sub(r'[^A-Za-z0-9_-]', '_', '-'.join(c.key))}.html" for c in comparisons
-        }
+        names = {c.key: page_name(c.key) for c in comparisons}
         overview = overview_page(comparisons, said, names)
         pages = {names[c.key]: samples_page(c) for c in comparisons}
         write_files(out, {"compare.md": markdown, "compare.html": overview} | pages)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from eval.chart import Group, Point, chart
 from eval.page import page, text
 from eval.pairs import Comparison, Pair
-from eval.pictures import picture
+from eval.pictures import picture, video
 from eval.result import SampleResult
+from eval.stats import INDEPENDENT
 
 MOST = 200
 """Samples shown on a page that fell, and that rose."""
@@ -57,7 +58,7 @@ def overview_page(comparisons: Sequence[Comparison], said: Sequence[str], files:
         f"<h1>{text(title)}</h1>\n"
         '<p class="quiet">The same samples, answered by both. Differences are B − A in points of '
         f"100, with paired bootstrap 95 % intervals; A is {text(first.names[0])}, B "
-        f"{text(first.names[1])}.</p>\n{_warnings(said)}"
+        f"{text(first.names[1])}. {INDEPENDENT}</p>\n{_warnings(said)}"
         '<div class="wide"><table><thead><tr><th scope="col">Benchmark</th>'
         '<th scope="col">A</th><th scope="col">B</th><th scope="col">B − A</th>'
         '<th scope="col">Fell</th><th scope="col">Rose</th><th scope="col">McNemar p</th>'
@@ -116,7 +117,7 @@ def samples_page(c: Comparison) -> str:
     body = (
         f"<h1>{text(c.key.benchmark)}: {text(a)} → {text(b)}</h1>\n"
         f'<p class="quiet">{text(c.a.metric)}, backend {text(c.key.backend)} '
-        f"{text(c.a.backend_version)}</p>\n{_warnings(c.warnings)}"
+        f"{text(c.a.backend_version)}. {INDEPENDENT}</p>\n{_warnings(c.warnings)}"
         f'<div class="figures">'
         + "".join(f"<div><b>{text(v)}</b><small>{text(what)}</small></div>" for v, what in figures)
         + "</div>\n"
@@ -145,9 +146,10 @@ def _section(title: str, pairs: list[Pair], names: tuple[str, str]) -> str:
 
 def _card(pair: Pair, names: tuple[str, str]) -> str:
     sample = pair.a
-    images = "".join(picture(source) for source in sample.images)
+    media = [*map(picture, sample.images), *map(video, sample.videos)]
     place = " · ".join(filter(None, [sample.subset, sample.id]))
-    start = f'<article><div class="images">{images}</div>' if images else '<article class="bare">'
+    shown = f'<div class="images">{"".join(media)}</div>'
+    start = f"<article>{shown}" if media else '<article class="bare">'
     return (
         f'{start}<div><small>{text(place)}</small><p class="question">'
         f"{text(sample.question)}</p><p><small>Right answer</small> <b>{text(sample.gold)}</b></p>"

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from eval.protocol import differences, not_the_mean, scores_of, shortfall
+from eval.protocol import (
+    differences,
+    not_the_mean,
+    not_whole,
+    partly_scored,
+    scores_of,
+    shortfall,
+    trial,
+)
 from eval.result import EvalError, Result, SampleResult, find_results, read_result
 from eval.stats import Interval, score_interval
 
@@ -150,9 +158,8 @@ def _judge(
 ) -> tuple[Interval | None, list[str]]:
     """The score's interval, and what must be said about the result."""
     where, interval = f"{key}, {result.checkpoint}", None
-    about = [f"{key}: {note.rstrip('.')}." for note in result.notes]
-    if limit := result.protocol.get("limit"):
-        about.append(f"{key}: asked with --limit {limit}, a trial and not the benchmark's score.")
+    known = (trial(result), not_whole(result), partly_scored(result, samples))
+    about = [f"{key}: {note.rstrip('.')}." for note in (*result.notes, *filter(None, known))]
     if reason := shortfall(result):
         about.append(f"{where}: no score, {reason}; run it again with --resume.")
     elif reason := not_the_mean(result, samples):
@@ -170,7 +177,7 @@ def _judge(
 def _means(
     rows: list[Row], checkpoints: tuple[str, ...], differing: dict[Key, dict[str, str]]
 ) -> tuple[Mean, ...]:
-    """Over benchmarks that are complete and asked alike for all checkpoints."""
+    """Over benchmarks that are whole, complete and asked alike for all checkpoints."""
     means = []
     for backend in dict.fromkeys(row.key.backend for row in rows):
         ours = [row for row in rows if row.key.backend == backend]
@@ -178,17 +185,8 @@ def _means(
             continue
         used, left_out = [], []
         for row in ours:
-            lacking = [
-                name
-                for name in checkpoints
-                if name not in row.cells or row.cells[name].score is None
-            ]
-            if lacking:
-                left_out.append(f"{row.key.benchmark} (no score of {', '.join(lacking)})")
-            elif differing[row.key]:
-                left_out.append(
-                    f"{row.key.benchmark} ({', '.join(differing[row.key])} not the same)"
-                )
+            if reason := _unfit(row, checkpoints, differing[row.key]):
+                left_out.append(f"{row.key.benchmark} ({reason})")
             else:
                 used.append(row)
         scores = {}
@@ -198,3 +196,16 @@ def _means(
         over = tuple(row.key.benchmark for row in used)
         means.append(Mean(backend, over, tuple(left_out), scores))
     return tuple(means)
+
+
+def _unfit(row: Row, checkpoints: tuple[str, ...], differing: dict[str, str]) -> str | None:
+    """Why the row has no place in a mean, or None."""
+    results = [cell.result for cell in row.cells.values()]
+    scored = [name for name, cell in row.cells.items() if cell.score is not None]
+    if lacking := [name for name in checkpoints if name not in scored]:
+        return f"no score of {', '.join(lacking)}"
+    if any(map(trial, results)):
+        return "a trial"
+    if any(map(not_whole, results)):
+        return "not the whole benchmark"
+    return f"{', '.join(differing)} not the same" if differing else None

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval.matrix import Key, result_folders
-from eval.protocol import differences, not_the_mean, shortfall
+from eval.protocol import differences, not_the_mean, not_whole, partly_scored, shortfall, trial
 from eval.result import EvalError, Result, SampleResult, read_result
 from eval.stats import Paired, compare_scores
 
@@ -131,8 +131,10 @@ def _scored(folder: Path, samples: list[SampleResult]) -> dict[tuple[str, str], 
 
 
 def _warn(name: str, result: Result, samples: list[SampleResult]) -> list[str]:
+    known = (trial(result), not_whole(result), partly_scored(result, samples))
+    said = [f"{name}: {reason}" for reason in known if reason]
     if reason := shortfall(result):
-        return [f"{name} is incomplete, {reason}; samples without a score are left out"]
-    if reason := not_the_mean(result, samples):
-        return [f"{name}: {reason}; what follows is about the mean of the samples"]
-    return []
+        said.append(f"{name} is incomplete, {reason}; samples without a score are left out")
+    elif reason := not_the_mean(result, samples):
+        said.append(f"{name}: {reason}; what follows is about the mean of the samples")
+    return said

@@ -1,4 +1,4 @@
-"""A sample's images as HTML that holds them, or says why it does not."""
+"""A sample's images as HTML that holds them, or says why it does not; its videos by name."""
 
 import base64
 import binascii
@@ -36,6 +36,12 @@ def picture(source: str) -> str:
         f'<img src="data:{kind};base64,{data}" width="{size[0]}" height="{size[1]}" '
         f'alt="image of the question">'
     )
+
+
+def video(source: str) -> str:
+    """HTML that names a file by its path or URL; a data URI has no name."""
+    name = "without a name" if source.startswith("data:") else Path(source).name
+    return _note(f"video: {name}")
 
 
 def _note(message: str) -> str:

@@ -62,14 +62,35 @@ def scores_of(samples: list[SampleResult]) -> list[float]:
     return [sample.score for sample in samples if sample.score is not None]
 
 
+def trial(result: Result) -> str | None:
+    """That only the first samples were asked, or None."""
+    limit = result.protocol.get("limit")
+    return f"asked with --limit {limit}, a trial and not the benchmark's score" if limit else None
+
+
+def not_whole(result: Result) -> str | None:
+    """That the data held fewer or more samples than the benchmark has, or None."""
+    if result.size is None or result.n == result.size or trial(result):
+        return None
+    return f"n {result.n:,} of {result.size:,}: not the benchmark as it is known"
+
+
+def partly_scored(result: Result, samples: list[SampleResult]) -> str | None:
+    """That a complete result's metric is of some samples only, as of multiple choice; or None."""
+    scored = len(scores_of(samples))
+    if not result.complete or scored in (0, result.n):
+        return None
+    return f"{scored:,} of {result.n:,} samples have this metric"
+
+
 def not_the_mean(result: Result, samples: list[SampleResult]) -> str | None:
     """Why statistics over samples say nothing about this complete result's score, or None.
 
     Some benchmarks score groups of samples, or count subsets alike.
     """
     scores = scores_of(samples)
-    if len(scores) != result.n:
-        return f"{len(scores)} of {result.n} samples carry a score of their own"
+    if not scores:
+        return "no sample carries a score of its own"
     mean = 100 * sum(scores) / len(scores)
     if abs(mean - result.score) > ROUNDING:
         return f"the score {result.score:.2f} is not the mean of its samples' scores, {mean:.2f}"

@@ -1,7 +1,7 @@
 """How far a score, or a difference of two, can be trusted: 95 % intervals and an exact test.
 
-Samples are taken as independent. Where many questions share an image, the true intervals are
-wider (Miller 2024, arXiv 2411.00640).
+Samples are taken as independent. Where many ask the same question or share an image, the true
+intervals are wider (Miller 2024, arXiv 2411.00640).
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,11 @@ CONFIDENCE = 0.95
 RESAMPLES = 10_000
 SEED = 0
 Interval = tuple[float, float]
+INDEPENDENT = (
+    "Intervals take samples as independent; where several ask the same question, as in MMBench "
+    "and MathVerse, they are too narrow."
+)
+"""What a reader of intervals must know."""
 
 
 def is_binary(scores: Sequence[float]) -> bool:

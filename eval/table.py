@@ -15,6 +15,7 @@ from pathlib import Path
 from eval.matrix import Cell, Matrix, read_matrix
 from eval.output import Parser, markdown_rows, write_files
 from eval.result import EvalError
+from eval.stats import INDEPENDENT
 from eval.table_html import table_page
 
 SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -35,7 +36,7 @@ def to_markdown(matrix: Matrix) -> str:
         if mean.scores:
             scores = [f"{mean.scores[name]:.1f}" for name in matrix.checkpoints]
             rows.append(["Macro mean", mean.backend, "", *scores])
-    blocks = [markdown_rows(rows), "Score of 100 [95 % interval]."]
+    blocks = [markdown_rows(rows), f"Score of 100 [95 % interval]. {INDEPENDENT}"]
     blocks += [str(mean) for mean in matrix.means]
     blocks += [f"{_marks((k,))} {note}" for k, note in enumerate(matrix.notes, 1)]
     return "\n\n".join(blocks) + "\n"

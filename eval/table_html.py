@@ -3,6 +3,7 @@
 from eval.chart import Group, Point, chart
 from eval.matrix import Cell, Matrix, Mean, Row
 from eval.page import page, text
+from eval.stats import INDEPENDENT
 
 
 def table_page(matrix: Matrix) -> str:
@@ -13,7 +14,7 @@ def table_page(matrix: Matrix) -> str:
     body = (
         f"<h1>{title}</h1>\n"
         '<p class="quiet">0 to 100, with 95 % intervals (Wilson for right or wrong, else '
-        "bootstrap). Scores of different backends are not comparable.</p>\n"
+        f"bootstrap). {INDEPENDENT} Scores of different backends are not comparable.</p>\n"
         f'<div class="wide">{_table(matrix)}</div>\n'
         + "".join(f'<p class="quiet">{text(mean)}</p>\n' for mean in matrix.means)
         + (f'<ol class="notes">{notes}</ol>\n' if notes else "")

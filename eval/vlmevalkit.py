@@ -21,14 +21,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from eval.benchmarks import Benchmark
+from eval.native_samples import without_keys
 from eval.options import Options
 from eval.result import EvalError, Result, SampleResult, data_hash
 from eval.vlmevalkit_figures import read_figures, read_sample
+from eval.vlmevalkit_journal import PROGRESS
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = ROOT / ".venv-vlmevalkit" / "bin" / "python"
 WORKER = ("-m", "eval.vlmevalkit_worker")
-PROGRESS = "@progress"
 OF_THE_LIBRARY = (
     *("BOYUE", "EVAL_FORMAT", "EVAL_PROXY", "FORCE_LOCAL", "FWD_API", "LMUData", "LOCAL_LLM"),
     *("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MMEVAL_ROOT", "OPENAI_API_BASE", "OPENAI_API_KEY"),
@@ -142,7 +143,7 @@ def environment(options: Options) -> dict[str, str]:
         values["LMUData"] = str(Path(data).resolve())
     if options.judge:  # where there is none, the worker lets nobody be asked
         values["OPENAI_API_BASE"] = f"{options.judge.api_base}/chat/completions"
-        values["OPENAI_API_KEY"] = options.api_key
+        values["OPENAI_API_KEY"] = options.judge.api_key
         values["LOCAL_LLM"] = options.judge.model
     return values
 
@@ -198,7 +199,7 @@ def run_worker(benchmark: Benchmark, options: Options) -> dict:
 
 
 def follow(process: subprocess.Popen, options: Options) -> str:
-    """Logs what the worker prints, without the key, and shows its progress; its last line."""
+    """Logs what the worker prints, without the keys, and shows its progress; its last line."""
     last = ""
     with (
         log_of(options).open("w", encoding="utf-8") as log,
@@ -209,15 +210,11 @@ def follow(process: subprocess.Popen, options: Options) -> str:
                 bar.n, bar.total = map(int, line.split()[1:])
                 bar.refresh()
             elif line.strip():
-                last = _without_key(line.strip(), options)
+                last = without_keys(line.strip(), options)
                 log.write(f"{last}\n")
                 log.flush()
     process.wait()
     return last[:300]
-
-
-def _without_key(line: str, options: Options) -> str:
-    return line if options.api_key == Options.api_key else line.replace(options.api_key, "***")
 
 
 def protocol(benchmark: Benchmark, options: Options) -> dict:
@@ -227,9 +224,7 @@ def protocol(benchmark: Benchmark, options: Options) -> dict:
         "dataset": benchmark.vlmevalkit,
         "subsets": None,
         "prompt": "VLMEvalKit's own",
-        "temperature": benchmark.temperature,
-        "max_tokens": benchmark.max_tokens,
-        "thinking": benchmark.thinking,
         "judge": options.judge.model if options.judge else "exact_matching",
         "limit": options.limit,
+        **benchmark.protocol(),
     }

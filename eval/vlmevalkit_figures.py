@@ -11,12 +11,18 @@ LABELS = ("split", "Task&Skill", "Category")
 
 
 def read_sample(row: dict) -> SampleResult:
-    """A sample of the worker's as ours."""
+    """A sample of the worker's as ours; EvalError where its score is none."""
     answer = row["answer"] or {}
     raw = answer.get("content") or ""
     if answer.get("thoughts"):
         raw = f"<think>\n{answer['thoughts']}\n</think>\n\n{raw}"
     failed = row["error"] is not None or row["missing"]
+    score = None if failed else row["score"]
+    if score is not None and not 0 <= score <= 1:
+        raise EvalError(
+            f"VLMEvalKit scores sample {row['id']} with {score}, which is how it marks an answer "
+            "that it could not score; its figures count that too, so they are no score"
+        )
     return SampleResult(
         id=row["id"],
         subset=row["subset"],
@@ -24,7 +30,7 @@ def read_sample(row: dict) -> SampleResult:
         gold=row["gold"],
         raw=raw,
         extracted=None if failed or not raw else row["extracted"],
-        score=None if failed else row["score"],
+        score=score,
         truncated=answer.get("finish_reason") == "length",
         error=row["error"],
         images=tuple(row["images"]),

@@ -12,6 +12,16 @@ import threading
 from collections import defaultdict
 from pathlib import Path
 
+PROGRESS = "@progress"
+"""Begins a line of the worker's that says how many samples are done."""
+FAILED = "Failed to obtain answer via API"
+"""The library's words for no answer."""
+EMPTY = "\N{EMPTY SET}"
+"""What the library gets for an empty answer: a text that no scorer takes for one. To it an empty
+one has failed, and its scorers for videos take its words for that as right, or as option A."""
+KEYS = ("MODEL_API_KEY", "OPENAI_API_KEY")
+"""Environment variables that hold the keys: the model's, and the judge's."""
+
 
 class Journal:
     """Answers by what was asked, on disk as they come; failures are kept in memory too."""
@@ -55,8 +65,9 @@ class Journal:
             self.file.write(json.dumps(answer).encode() + b"\n")
 
     def fail(self, key: str, reason: str, judge: bool) -> None:
+        reason = " ".join(without_keys(reason).split())[:300]
         with self.lock:
-            (self.judge_failures if judge else self.failures)[key] = " ".join(reason.split())[:300]
+            (self.judge_failures if judge else self.failures)[key] = reason
 
     def watch(self) -> None:
         """Put the journal between the library's API client and the server."""
@@ -73,10 +84,9 @@ class Journal:
                 raise PermissionError("no judge is named")
             known = journal.take(key)
             if known is not None:
-                content = known["content"]
-                return 0, client.fail_msg if content is None else content.strip(), "journal"
+                return 0, said(known["content"], judge, client.fail_msg), "journal"
             try:
-                code, answer, response = send(client, inputs, **kwargs)
+                code, _, response = send(client, inputs, **kwargs)
             except Exception as error:
                 journal.fail(key, f"{type(error).__name__}: {error}", judge)
                 raise
@@ -89,9 +99,28 @@ class Journal:
                 journal.fail(key, f"HTTP {code}: {response.text}", judge)
                 return -1, client.fail_msg, response
             journal.add(key, message, finish_reason)
-            return code, answer, response
+            return code, said(message.get("content"), judge, client.fail_msg), response
 
         OpenAIWrapper.generate_inner = generate_inner
+
+
+def said(content: str | None, judge: bool, failed: str) -> str:
+    """What the library gets; a judge that says nothing has failed."""
+    if is_empty(content):
+        return failed if judge else EMPTY
+    return content.strip()
+
+
+def is_empty(content: str | None) -> bool:
+    return not (content or "").strip()
+
+
+def without_keys(text: str) -> str:
+    """A server may repeat in an error the key that it was given."""
+    for name in KEYS:
+        if (key := os.environ.get(name, "EMPTY")) not in ("", "EMPTY"):
+            text = text.replace(key, "***")
+    return text
 
 
 def key_of(message: list[dict], *settings) -> str:

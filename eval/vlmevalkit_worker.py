@@ -21,7 +21,15 @@ from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
-from eval.vlmevalkit_journal import EMPTY, FAILED, PROGRESS, Journal, key_of, without_keys
+from eval.vlmevalkit_journal import (
+    EMPTY,
+    FAILED,
+    PROGRESS,
+    Journal,
+    is_empty,
+    key_of,
+    without_keys,
+)
 
 TEXT_COLUMNS = ("prediction", "eval_pred", "res", "extract")
 SCORE_COLUMNS = ("hit", "score")
@@ -218,7 +226,7 @@ class Watched:
         if FAILED in prediction:
             return None, self.journal.failures.get(key, "no answer came")
         if prediction == EMPTY:
-            answers = [answer for answer in answers if is_empty(answer["content"])]
+            answers = [a for a in answers if is_empty(a["content"])] or answers
         same = [a for a in answers if (a["content"] or "").strip().endswith(prediction)]
         return (same or answers or [{"content": prediction}])[-1], None
 
@@ -226,6 +234,8 @@ class Watched:
         from vlmeval.dataset.utils.multiple_choice import build_choices
         from vlmeval.utils import can_infer
 
+        if detail.get("prediction") == EMPTY:
+            return None
         if "hit" in detail and (choices := build_choices(detail)):
             option = can_infer(detail["prediction"], dict(choices))
             if option in choices:  # of an open question the library makes a choice of its own
@@ -266,7 +276,7 @@ class ErrorKeeper(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
         text = str(error) or type(error).__name__ if error else record.getMessage()
-        self.watched.error = " ".join(text.split())[:500]
+        self.watched.error = " ".join(without_keys(text).split())[:500]
 
 
 def _end_with_parent() -> None:
@@ -282,7 +292,7 @@ def _end_with_parent() -> None:
 if __name__ == "__main__":
     _end_with_parent()
     given = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    text = without_keys(json.dumps(main(given), default=lambda value: value.item()))
+    text = json.dumps(main(given), default=lambda value: value.item())
     unfinished = Path(given["outcome"] + ".partial")
     unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(given["outcome"])

@@ -1,7 +1,11 @@
 """Results that no model gave, for the scripts that read results."""
 
+import base64
+import io
 from collections.abc import Sequence
 from pathlib import Path
+
+from PIL import Image
 
 from eval.result import Result, SampleResult, write_result
 
@@ -55,3 +59,13 @@ def write(
     place = root / (folder or f"{checkpoint}/{benchmark}")
     write_result(place, Result(**about | fields), rows)
     return place
+
+
+def image_bytes(size=(20, 12), kind="PNG", mode="RGB") -> bytes:
+    out = io.BytesIO()
+    Image.new(mode, size, 3).save(out, kind)
+    return out.getvalue()
+
+
+def data_uri(content: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

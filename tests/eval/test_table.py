@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from eval.page import STYLE
-from eval.stats import score_interval
+from eval.stats import INDEPENDENT, score_interval
 from eval.table import main
 from tests.eval.made_up import PROTOCOL, sample, write
 from tests.eval.reading import addresses, cells
@@ -129,13 +129,48 @@ def test_no_mean_of_a_single_benchmark(tmp_path, capsys):
 
 def test_no_interval_where_the_score_is_not_the_mean_of_its_samples(tmp_path, capsys):
     write(tmp_path, "a", "grouped", [1, 0, 1, 1], score=50.0)
-    write(tmp_path, "a", "fewer", [1, 0], n=4)
-    write(tmp_path, "a", "trial", [1, 0], protocol={"limit": 2})
+    unscored = [sample(k, None, error=None) for k in range(4)]
+    write(tmp_path, "a", "groups", samples=unscored, errored=0, score=50.0)
     _, out, _ = run(capsys, tmp_path)
-    assert cells(out, "grouped")[3] == "50.0²"
+    assert cells(out, "grouped")[3] == "50.0¹" and cells(out, "groups")[3] == "50.0²"
     assert "no interval, the score 50.00 is not the mean of its samples' scores, 75.00." in out
-    assert "fewer (native), a: no interval, 2 of 4 samples carry a score of their own." in out
-    assert "trial (native): asked with --limit 2, a trial and not the benchmark's score." in out
+    assert "groups (native), a: no interval, no sample carries a score of its own." in out
+
+
+def test_trials_and_parts_of_a_benchmark_are_marked_and_leave_the_mean(tmp_path, capsys):
+    for benchmark, fields in {
+        "one": {"size": 2},
+        "two": {"size": None},
+        "trial": {"size": 2000, "protocol": PROTOCOL | {"limit": 2}},
+        # The run said so itself: told once.
+        "part": {"size": 2500, "notes": ["n 2 of 2,500: not the benchmark as it is known"]},
+        "more": {"size": 1},
+    }.items():
+        write(tmp_path, "a", benchmark, [1, 0], **fields)
+    _, out, _ = run(capsys, tmp_path)
+    assert "over one, two; left out: more (not the whole benchmark), " in out
+    assert "part (not the whole benchmark), trial (a trial)." in out
+    ends = {name: cells(out, name)[3][-1] for name in ("more", "part", "trial", "one", "two")}
+    assert ends == {"more": "¹", "part": "²", "trial": "³", "one": "]", "two": "]"}
+    assert "¹ more (native): n 2 of 1: not the benchmark as it is known." in out
+    assert "² part (native): n 2 of 2,500: not the benchmark as it is known." in out
+    assert "³ trial (native): asked with --limit 2, a trial and not the benchmark's score." in out
+    assert "⁴" not in out
+
+
+def test_a_metric_that_some_samples_have_is_of_these(tmp_path, capsys):
+    rows = [sample(k, score, error=None) for k, score in enumerate([1, None, 0, None, 1])]
+    write(tmp_path, "a", "mixed", samples=rows, errored=0, score=200 / 3)
+    low, high = score_interval([1, 0, 1])
+    _, out, _ = run(capsys, tmp_path)
+    assert cells(out, "mixed")[3] == f"66.7 [{100 * low:.1f}, {100 * high:.1f}]¹"
+    assert "¹ mixed (native): 3 of 5 samples have this metric." in out
+
+
+def test_the_table_tells_when_intervals_are_too_narrow(tmp_path, capsys):
+    write(tmp_path / "r", "a", "ai2d", [1, 0])
+    _, out, _ = run(capsys, tmp_path / "r", "--out", tmp_path / "out")
+    assert INDEPENDENT in out and INDEPENDENT in (tmp_path / "out" / "table.html").read_text()
 
 
 def test_csv_has_a_line_a_score(tmp_path, capsys):

@@ -13,8 +13,9 @@ import pytest
 
 from eval import vlmevalkit
 from eval.result import EvalError
+from eval.vlmevalkit_journal import EMPTY, FAILED
 from tests.eval import tables
-from tests.eval.known_endpoint import knowing
+from tests.eval.known_endpoint import KnownHandler, knowing
 from tests.eval.real_vlmevalkit import FIXTURES, NEEDED, PATCHED, ask
 
 pytestmark = NEEDED
@@ -91,6 +92,56 @@ def test_what_failed_gives_no_score_and_only_that_is_asked_again(tmp_path):
     assert result.score == pytest.approx(100 * 1 / 8) and len(server.requests) == 8
 
 
+def test_a_name_that_the_library_changes_for_its_files(tmp_path):
+    tables.mmmu(tmp_path / "data")
+    named = {"model": "org/my.vl:1"}
+    with knowing({**MMMU, "no. 4?": 500}, models=("org/my.vl:1",)) as server:
+        result, samples = ask(server, tmp_path, "mmmu_recipe", **named)
+        assert {request["model"] for request in server.requests} == {"org/my.vl:1"}
+    assert result.errored == 1 and "HTTP 500" in samples["4"].error and samples["7"].truncated
+    with knowing(MMMU, models=("org/my.vl:1",)) as server:
+        result, samples = ask(server, tmp_path, "mmmu_recipe", resume=True, **named)
+    assert list(map(no_of, server.requests)) == [4]
+    assert result.score == pytest.approx(100 * 5 / 8) and result.truncated == 1 / 8
+    assert samples["5"].raw.startswith("<think>")
+
+
+def test_an_empty_answer_is_asked_for_once_and_scored_as_wrong(tmp_path):
+    tables.mmmu(tmp_path / "data")
+    with knowing({**MMMU, "no. 6?": {"content": None}}) as server:
+        result, samples = ask(server, tmp_path, "mmmu_recipe", retries=2)
+    assert len(server.requests) == 8 and result.score == pytest.approx(100 * 5 / 8)
+    assert [(samples[n].raw, samples[n].extracted, samples[n].score) for n in "67"] == [
+        ("", None, 0),
+        ("", None, 0),
+    ]
+    with knowing(MMMU) as server:
+        result, _ = ask(server, tmp_path, "mmmu_recipe", resume=True)
+    assert server.requests == [] and result.score == pytest.approx(100 * 5 / 8)
+
+
+@pytest.mark.parametrize(
+    ("answer", "mvbench", "video_mme"),
+    [
+        (EMPTY, 0, 0),
+        ("A", 1, 1),
+        (f"{FAILED}.", -1, 1),  # why an empty answer is not handed on as it is
+    ],
+)
+def test_the_scorers_for_videos_take_no_empty_answer_for_one(tmp_path, answer, mvbench, video_mme):
+    found = subprocess.run(
+        [vlmevalkit.PYTHON, FIXTURES / "score_videos.py", answer, tmp_path],
+        env={**os.environ, "PRED_FORMAT": "tsv"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert json.loads(found.stdout.splitlines()[-1]) == {
+        "MVBench": [[abs(mvbench), 1, f"{100 * abs(mvbench):.2f}%"], mvbench],
+        "VideoMME": [{"overall": f"{video_mme:.3f}"}, video_mme],
+    }
+
+
 def test_a_server_that_dies_and_comes_back(tmp_path):
     tables.mmmu(tmp_path / "data")
     with knowing(MMMU, breaks_after=3) as server:
@@ -165,5 +216,23 @@ def test_a_name_that_the_library_takes_for_another_service_and_a_key(tmp_path):
         assert server.requests[0]["max_tokens"] == 512 and result.n == 3
         result, samples = ask(server, tmp_path, "mmmu_recipe", limit=3, api_key="s3cret-key")
     assert result.errored == 3 and "HTTP 401" in samples["1"].error
+    for path in (tmp_path / "result").rglob("*"):
+        assert not path.is_file() or b"s3cret-key" not in path.read_bytes(), path
+
+
+class EchoingHandler(KnownHandler):
+    """Lets nobody in, and repeats the key that it was shown."""
+
+    def _authorised(self) -> bool:
+        self._error(401, f"not welcome: {self.headers['Authorization']}")
+        return False
+
+
+def test_a_key_that_the_server_repeats_is_not_kept(tmp_path):
+    tables.mmmu(tmp_path / "data")
+    with knowing(MMMU) as server:
+        server.RequestHandlerClass = EchoingHandler
+        _, samples = ask(server, tmp_path, "mmmu_recipe", limit=3, api_key="s3cret-key")
+    assert "not welcome: Bearer ***" in samples["1"].error
     for path in (tmp_path / "result").rglob("*"):
         assert not path.is_file() or b"s3cret-key" not in path.read_bytes(), path
