@@ -233,18 +233,13 @@ def pick_metric(benchmark: Benchmark, report):
 
 def protocol(benchmark: Benchmark, options: Options) -> dict:
     """What must be equal for two scores to be compared."""
-    return {
+    return benchmark.protocol() | {
         "backend": "native",
         "dataset": benchmark.native,
-        "metric": benchmark.metric,
         "native_metric": benchmark.native_metric,
-        "scale": benchmark.scale,
         "subsets": benchmark.subsets,
         "prompt": benchmark.prompt or "the adapter's own",
         "dataset_args": benchmark.dataset_args,
-        "temperature": benchmark.temperature,
-        "max_tokens": benchmark.max_tokens,
-        "thinking": benchmark.thinking,
         "judge": options.judge.model if options.judge else None,
         "limit": options.limit,
     }

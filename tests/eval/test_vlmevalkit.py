@@ -12,7 +12,7 @@ from eval.benchmarks import load
 from eval.options import Judge, Options
 from eval.result import EvalError
 from eval.vlmevalkit_figures import read_figures
-from eval.vlmevalkit_journal import Journal, key_of
+from eval.vlmevalkit_journal import EMPTY, FAILED, Journal, key_of, said
 
 FIXTURES = Path(__file__).parent / "fixtures"
 OUTCOMES = FIXTURES / "outcomes"
@@ -77,10 +77,11 @@ def test_the_worker_is_told_everything_and_nothing_else(options, tmp_path, monke
     assert left == {"LMUData", "PRED_FORMAT", "SPLIT_THINK"}
     assert (values["LMUData"], values["PRED_FORMAT"]) == (str(tmp_path), "tsv")
     assert values["MODEL_API_KEY"] == "k"
-    judged = replace(options, judge=Judge("http://127.0.0.1:2/v1", "judge"))
+    judged = replace(options, judge=Judge("http://127.0.0.1:2/v1", "judge", "j"), api_key="k")
     values = vlmevalkit.environment(judged)
     assert values["OPENAI_API_BASE"] == "http://127.0.0.1:2/v1/chat/completions"
-    assert (values["LOCAL_LLM"], values["OPENAI_API_KEY"]) == ("judge", "EMPTY")
+    assert (values["LOCAL_LLM"], values["OPENAI_API_KEY"]) == ("judge", "j")
+    assert values["MODEL_API_KEY"] == "k"
     config = vlmevalkit.task_settings(load("mmvet"), judged)["eval_config"]
     assert config["judge"] is None  # each dataset's own choice, which LOCAL_LLM stands for
 
@@ -199,6 +200,35 @@ def test_figures_that_cannot_be_meant_are_refused(overall):
         read_figures(load("mmstar"), {"figures": figures, "type": "MCQ", "samples": [{}]})
 
 
+@pytest.mark.parametrize("score", [-1, 1.5])
+def test_a_score_that_is_none_is_refused(options, tmp_path, monkeypatch, score):
+    given = outcome("mmmu")
+    given["samples"][3]["score"] = score
+    (tmp_path / "given.json").write_text(json.dumps(given))
+    monkeypatch.setenv("STAND_IN", str(tmp_path / "given.json"))
+    with pytest.raises(EvalError, match=rf"sample 4 with {score}, .* no score"):
+        vlmevalkit.run(load("mmmu_recipe"), options)
+    given["samples"][3].update(error="HTTP 500", answer=None)  # no answer has no score at all
+    (tmp_path / "given.json").write_text(json.dumps(given))
+    result, samples = vlmevalkit.run(load("mmmu_recipe"), options)
+    assert result.errored == 1 and samples[3].score is None
+
+
+def test_an_empty_answer_is_no_failure_but_a_judges_is():
+    for content in (None, "", " \n"):
+        assert said(content, judge=False, failed=FAILED) == EMPTY
+        assert said(content, judge=True, failed=FAILED) == FAILED
+    assert said(" A\n", judge=False, failed=FAILED) == said("A", judge=True, failed=FAILED) == "A"
+
+
+def test_the_protocol_says_what_is_measured(options):
+    benchmark = load("pope")
+    protocol = vlmevalkit.protocol(benchmark, options)
+    assert (protocol["metric"], protocol["scale"]) == (benchmark.metric, benchmark.scale)
+    other = vlmevalkit.protocol(replace(benchmark, metric="accuracy"), options)
+    assert {key for key in protocol if protocol[key] != other[key]} == {"metric"}
+
+
 def test_the_librarys_own_error_and_a_judge_that_fails(options, tmp_path, monkeypatch):
     given = tmp_path / "given.json"
     monkeypatch.setenv("STAND_IN", str(given))
@@ -229,6 +259,16 @@ def test_the_journal_gives_each_answer_once_and_survives_a_torn_line(tmp_path):
     )
     assert journal.take("a") is None and journal.take("b") is None
     assert Journal(tmp_path / "answers.jsonl").take("c")["content"] == "after"
+
+
+def test_a_reason_holds_no_key(tmp_path, monkeypatch):
+    monkeypatch.setenv("MODEL_API_KEY", "s3cret")
+    monkeypatch.setenv("OPENAI_API_KEY", "judges")
+    journal = Journal(tmp_path / "answers.jsonl")
+    journal.fail("a", "HTTP 401: not s3cret", judge=False)
+    journal.fail("j", "HTTP 401: not judges", judge=True)
+    assert journal.failures == {"a": "HTTP 401: not ***"}
+    assert journal.judge_failures == {"j": "HTTP 401: not ***"}
 
 
 def test_an_answer_takes_the_failure_before_it_away(tmp_path):
