@@ -47,6 +47,8 @@ class ExportOptions:
     max_shard_gb: float = 4.0
     limits: dict | None = None
     """Those of `Limits` that differ from the run's, or from the recipe's where there is no run."""
+    results: Path | None = None
+    """Results of eval/run.py for the card."""
     push: str | None = None
     """Repository on the hub, `owner/name`."""
     private: bool = False
@@ -74,7 +76,7 @@ def export(options: ExportOptions) -> Path:
     if options.dtype:
         written_config["dtype"] = options.dtype
     name = options.push or options.out.name
-    card = model_card(name, source, config, limits, options.format, stages)
+    card = model_card(name, source, config, limits, options.format, stages, options.results)
     files = files_beside(source, limits, config, options.format, card)
     unchecked = options.out.with_name(options.out.name + ".unchecked")
     tensors = export_tensors(source, options, written_config)
@@ -145,6 +147,7 @@ def parse_arguments(arguments: list[str] | None = None) -> ExportOptions:
     parser.add_argument("--max_shard_gb", type=float, default=4.0)
     for field in fields(Limits):
         parser.add_argument(f"--{field.name}", type=field.type, help="default: the run's")
+    parser.add_argument("--results", type=Path, help="results of eval/run.py, for the model card")
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload to this hub repository")
     parser.add_argument("--private", action="store_true", help="a repository made by --push")
     given = vars(parser.parse_args(arguments))

@@ -11,7 +11,7 @@ from serve.export_files import STOCK_WARNING, Format
 from vlm.config import VLMConfig
 from vlm.cost import parameter_counts
 from vlm.data.limits import Limits
-from vlm.hf_config import read_json
+from vlm.hf_config import ConfigError, read_json
 
 LOG_LINES_AVERAGED = 5
 
@@ -52,8 +52,13 @@ def model_card(
     limits: Limits,
     format: Format,
     stages: list[dict],
+    results: Path | None = None,
 ) -> str:
-    """README.md with the hub's front matter."""
+    """README.md with the hub's front matter.
+
+    Args:
+        results: a directory of eval/run.py's results for this model.
+    """
     report = source / "graft_report.json"
     graft = read_json(report) if report.exists() else {}
     use = (
@@ -62,7 +67,7 @@ def model_card(
         else STOCK_USE.format(name=name, warning=STOCK_WARNING)
     )
     parts = [FRONT_MATTER, f"# {name}\n", _what(config, graft), use]
-    parts += [_training(stages), _limits(config, limits, stages)]
+    parts += [_training(stages), _scores(results), _limits(config, limits, stages)]
     return "\n".join(part for part in parts if part)
 
 
@@ -110,9 +115,27 @@ def _training(stages: list[dict]) -> str:
         lines.append("| " + " | ".join(map(str, row)) + " |")
     lines.append(
         f"\nThe loss is the mean of the last {LOG_LINES_AVERAGED} logged steps on training data; "
-        "it is no measure of quality. No benchmark was run by the exporter.\n"
+        "it is no measure of quality.\n"
     )
     return "\n".join(lines)
+
+
+def _scores(results: Path | None) -> str:
+    """The complete results of benchmarks, as eval/run.py wrote them."""
+    if results is None:
+        return "## Scores\n\nNone were given to the exporter.\n"
+    found = [read_json(path) for path in sorted(results.rglob("result.json"))]
+    complete = [result for result in found if result.get("complete")]
+    if not complete:
+        raise ConfigError(f"{results} holds no complete result.json of eval/run.py")
+    lines = ["## Scores\n", "| benchmark | metric | score | n | by |", "|" + "---|" * 5]
+    lines += [
+        f"| {r['benchmark']} | {r['metric']} | {r['score']:.2f} | {r['n']:,} | "
+        f"{r['backend']}, {r['backend_version']} |"
+        for r in complete
+    ]
+    notes = [f"- {r['benchmark']}: {note}" for r in complete for note in r["notes"]]
+    return "\n".join([*lines, "", *notes, *[""] * bool(notes)])
 
 
 def _rates(config: dict) -> str:

@@ -171,7 +171,8 @@ def main(arguments: list[str] | None = None) -> int:
             endpoint.identity()  # find out now if nobody is there
             page = build_page(endpoint)
             page.launch(
-                quiet=True,
+                quiet=True,  # what gradio would say invites to share the page with everybody
+                prevent_thread_lock=True,
                 server_name=options.host,
                 server_port=options.port,
                 share=False,
@@ -179,6 +180,8 @@ def main(arguments: list[str] | None = None) -> int:
                 css='button[aria-label="Share"] { display: none }',  # it would upload to a hub
                 ssr_mode=False,
             )
+            print(f"the page is at http://{options.host}:{options.port}, until Ctrl-C", flush=True)
+            page.block_thread()
         except (UsageError, EndpointError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

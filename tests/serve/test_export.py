@@ -295,6 +295,21 @@ def test_the_cards_own_example_runs(exported, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+def test_the_card_holds_the_scores_it_is_given(source, tmp_path, capsys):
+    results = tmp_path / "results"
+    assert main([str(source), "--out", str(tmp_path / "none"), "--results", str(results)]) == 2
+    assert "holds no complete result.json" in capsys.readouterr().err
+    for name, complete in (("mmmu", True), ("pope", False)):
+        (results / name).mkdir(parents=True)
+        score = {"benchmark": name, "metric": "accuracy", "score": 41.5, "n": 900, "notes": ["odd"]}
+        score |= {"backend": "native", "backend_version": "evalscope 1.14.1", "complete": complete}
+        (results / name / "result.json").write_text(json.dumps(score))
+    assert main([str(source), "--out", str(tmp_path / "out"), "--results", str(results)]) == 0
+    card = (tmp_path / "out/README.md").read_text()
+    assert "| mmmu | accuracy | 41.50 | 900 | native, evalscope 1.14.1 |" in card
+    assert "- mmmu: odd" in card and "pope" not in card
+
+
 def test_history_ends_where_it_was_removed(run, tmp_path):
     shutil.rmtree(tmp_path / "stage1" / "checkpoint-2")
     (tmp_path / "config.yaml").write_text("somebody: else's\n")

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 from playwright.sync_api import sync_playwright
@@ -122,7 +122,7 @@ def opened(browser, url, tmp_path):
     """The page of a server at `url`, in the browser; nothing but it may be asked for anything."""
     port = free_port()
     environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
-    with process(["serve/web.py", url, "--port", port], "Running on", env=environment):
+    with process(["serve/web.py", url, "--port", port], "the page is at", env=environment):
         page = browser.new_page()
         asked = []
         page.on("request", lambda request: asked.append(request.url))
@@ -160,9 +160,19 @@ def test_an_image_and_a_question_are_answered_on_the_page(browser, tmp_path):
 
 
 @pytest.mark.browser
-def test_an_endpoint_that_is_down_is_told_on_the_page(browser, tmp_path):
-    with opened(browser, f"http://127.0.0.1:{free_port()}", tmp_path) as page:
+def test_an_endpoint_that_goes_down_is_told_on_the_page(browser, tmp_path):
+    with ExitStack() as stack:
+        environment = os.environ | {"PYTHONPATH": "."}
+        with process(["tests/serve/fake_endpoint.py"], "http", env=environment) as url:
+            page = stack.enter_context(opened(browser, url, tmp_path))
         page.fill("textarea", "hello?")
         page.press("textarea", "Enter")
-        page.get_by_text("cannot be reached").wait_for()
+        page.get_by_text("is the server running?").wait_for()
         assert page.input_value("textarea") == "hello?"
+
+
+def test_an_endpoint_that_is_not_there_is_one_sentence():
+    command = [sys.executable, "serve/web.py", f"http://127.0.0.1:{free_port()}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and "is the server running?" in result.stderr
