@@ -23,6 +23,7 @@ setup(
         "tokenizers>=0.22",
         "jinja2>=3.1",
         "tqdm>=4.66",
+        "huggingface_hub>=1.31",  # models by hub id
         # the independent witness of `python -m vlm.graft verify`; the model itself never needs it
         "transformers>=5.16,<5.20",
     ],
@@ -30,6 +31,7 @@ setup(
     entry_points={"vllm.general_plugins": ["graft_vl = vlm.vllm_plugin:register"]},
     extras_require={
         "train": [
+            "datasets>=4",  # reads Parquet, Arrow and data sets of hubs
             "opencv-python-headless>=4.12",  # decodes video
             "deepspeed>=0.19,<0.20",
             "jsonargparse[signatures]>=4.40",
@@ -50,9 +52,11 @@ setup(
             "pyyaml>=6",
             "scipy>=1.11",
         ],
+        "modelscope": ["modelscope>=1.38"],  # models by hub id, with --hub modelscope
         # Used by itself where it is installed; torch's own kernels serve otherwise.
         "gpu": ["flash-attn>=2.7"],
         "dev": [
+            "hypothesis>=6.130",
             "pytest>=8.4",
             "playwright>=1.50",  # drives the browser of make test-browser
             "ruff>=0.14",

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from eval.page import text
 from eval.stats import Interval
+from vlm.page import text
 
 WIDTH, LEFT, RIGHT = 960, 210, 60
 """Of the picture, of the names' column and of the figures' column, in pixels."""
 LINE, HEAD, GAP, TOP = 22, 22, 14, 26
 SERIES = 6
-"""Colours of eval/page.py."""
+"""Colours of vlm/page.py."""
 LONGEST = 26
 """Characters of a name."""
 

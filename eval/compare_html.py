@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 
 from eval.chart import Group, Point, chart
-from eval.page import page, text
 from eval.pairs import Comparison, Pair
 from eval.pictures import picture, video
 from eval.result import SampleResult
 from eval.stats import INDEPENDENT
+from vlm.page import page, text
 
 MOST = 200
 """Samples shown on a page that fell, and that rose."""

@@ -38,7 +38,9 @@ from evalscope.metrics.utils.functions import exact_match
 from evalscope.utils.multi_choices import extract_answer_line, parse_answers
 
 from eval.result import EvalError
-from vlm.data.formats.messages import TAGS, parse_line
+from vlm.data.formats import parse_line
+from vlm.data.formats.context import RowContext
+from vlm.data.formats.openai import TAGS
 
 NAME = "graftvl_custom"
 METRICS = ["exact_match", "normalised_match", "anls", "relaxed_accuracy", "choice"]
@@ -123,10 +125,12 @@ class CustomAdapter(VisionLanguageAdapter):
 
 def _sample(line: bytes, name: str, folder: Path) -> Sample:
     """ValueError, or OSError for a file that cannot be read."""
-    row = parse_line(line, name, folder)
+    row = parse_line(line, name, RowContext(folder))
     *asked, answer = row.messages
     if answer.role != "assistant" or not asked or not answer.content.strip():
         raise ValueError(f"{name}: the row does not end with the assistant's answer")
+    if row.boxes or row.tools or any(turn.role not in MESSAGES for turn in asked):
+        raise ValueError(f"{name}: a row with boxes or tools cannot be asked here")
     images, videos = iter(row.images), iter(row.videos)
     letters = OPTION.findall(asked[-1].content)
     is_choice = letters == LETTERS[: len(letters)] and answer.content.strip() in letters

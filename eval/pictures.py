@@ -9,7 +9,7 @@ from urllib.parse import unquote_to_bytes
 
 from PIL import Image
 
-from eval.page import text
+from vlm.page import text
 
 LARGEST = 64 * 2**10
 """Bytes of an image that is embedded as it is; a larger one is scaled down to `SIDE`."""

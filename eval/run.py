@@ -201,8 +201,9 @@ def folder_name(checkpoint: str) -> str:
 
 
 def fingerprint(export: Path) -> str:
-    """Of an export's config and weights, without reading these: names, sizes and times."""
-    digest = sha256()
+    """Of an export's config and weights, without reading these: names, sizes and times; of a
+    model on a hub, of its name, which should pin a revision."""
+    digest = sha256(b"" if export.is_dir() else str(export).encode())  # a hub id
     for path in sorted(export.glob("*.safetensors")):
         state = path.stat()
         digest.update(f"{path.name} {state.st_size} {state.st_mtime_ns}".encode())

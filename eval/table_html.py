@@ -2,8 +2,8 @@
 
 from eval.chart import Group, Point, chart
 from eval.matrix import Cell, Matrix, Mean, Row
-from eval.page import page, text
 from eval.stats import INDEPENDENT
+from vlm.page import page, text
 
 
 def table_page(matrix: Matrix) -> str:

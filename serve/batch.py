@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from serve.conversation import Answer, Backend, Sampling
 from serve.usage import UsageError
-from vlm.data.formats.messages import parse_line
+from vlm.data.formats import parse_line
+from vlm.data.formats.context import RowContext
 from vlm.data.schema import BadSample, Sample, check_sample
 
 
@@ -43,7 +44,9 @@ def run_batch(
             if sample_id in answered:
                 continue
             try:
-                conversation, label = split_label(parse_line(line, sample_id, source.parent))
+                conversation, label = split_label(
+                    parse_line(line, sample_id, RowContext(source.parent))
+                )
             except BadSample as error:
                 bad.append(error)
                 continue

@@ -4,8 +4,9 @@
     python serve/chat.py DIR|URL --image cat.jpg --prompt "What is this?"  # one answer, streamed
     python serve/chat.py DIR|URL --input data.jsonl --output answers.jsonl # a batch; resumes
 
-A directory is answered for by our own generation; http:// or https:// names a server. Exit code 2
-is a mistake in what was asked for, told in one sentence; 1 is a batch of which rows failed.
+A directory, or OWNER/NAME of a hub, is answered for by our own generation; http:// or https://
+names a server. Exit code 2 is a mistake in what was asked for, told in one sentence; 1 is a batch
+of which rows failed.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from vlm.checkpoint import CheckpointError
 from vlm.data.limits import ENVIRONMENT, Limits, environment_limits
 from vlm.data.schema import BadSample
 from vlm.hf_config import ConfigError
+from vlm.hub import add_hub_argument
 
 THINKING = {"true": True, "false": False, "auto": None}
 LIMITS = tuple(field.name for field in fields(Limits))
@@ -41,6 +43,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.error = _refuse
     add = parser.add_argument
     add("model", metavar="DIR|URL", help="a checkpoint, or a server with or without /v1")
+    add_hub_argument(parser)
     add("--prompt", help="ask this once and end")
     add("--image", type=Path, action="append", default=[], help="may be repeated")
     add("--video", type=Path, action="append", default=[], help="may be repeated")
@@ -106,7 +109,7 @@ def open_backend(options: argparse.Namespace) -> Backend:
         return endpoint
     from serve.local import Local
 
-    model = find_model(Path(options.model))
+    model = find_model(options.model, options.hub)
     local = Local(model, _limits(options, model))
     if options.thinking != "auto":
         local.check_thinking()

@@ -6,8 +6,9 @@
 
 The source is a run, a checkpoint of it, or any model directory of ours. The export takes its
 limits on images and videos from the run's config, so that the model is served what it was
-trained on. Before it gets its final name it is loaded again by the code that it carries, and its
-logits are compared with ours.
+trained on. A literal graft (`vlm.graft build --variant literal`) is written as the plain
+qwen2_5_vl that it is. Before it gets its final name it is loaded again by the code that it
+carries, or by stock code, and its logits are compared with ours.
 """
 
 import argparse
@@ -16,31 +17,35 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import get_args
 
 import torch
-from torch import Tensor
 
-from serve.export_files import STOCK_WARNING, Format, export_config, files_beside
+from serve.export_files import LITERAL, STOCK_WARNING, Format, export_config, files_beside
 from serve.model_card import model_card
 from serve.reload import check_reload
 from serve.source import find_model, limits_of, training_stages
 from vlm.checkpoint import CheckpointError, TensorReader, save_model
+from vlm.config import VLMConfig
 from vlm.data.limits import Limits
 from vlm.graft.tokenizer import TOKENIZER_FILES
 from vlm.hf_config import ConfigError, read_config, read_json
+from vlm.hub import Hub, add_hub_argument
+from vlm.shards import Entry
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+FORMATS = ("hf", "vllm_stock")
+DTYPES = {"bfloat16": "BF16", "float32": "F32"}
 
 
 @dataclass(frozen=True)
 class ExportOptions:
     """What to export, where to, and how."""
 
-    source: Path
+    source: str | Path
+    """A directory, or a hub id."""
     out: Path
+    hub: Hub = "huggingface"
     format: Format = "hf"
     dtype: str | None = None
     """Of the weights; None keeps each tensor's own."""
@@ -63,23 +68,22 @@ def export(options: ExportOptions) -> Path:
     """
     if options.out.exists():
         raise ConfigError(f"{options.out} exists; remove it or choose another --out")
-    source = find_model(options.source)
+    source = find_model(options.source, options.hub)
     raw, config = read_json(source / "config.json"), read_config(source)
-    if raw["model_type"] != "graft_vl":
-        raise ConfigError(f"{source} is a {raw['model_type']} model; a graft_vl one is exported")
+    format = written_format(source, raw, config, options.format)
     stages = training_stages(source)
     try:
         limits = Limits(**limits_of(source) | (options.limits or {}))
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    written_config = export_config(raw, config, options.format)
+    written_config = export_config(raw, config, format)
     if options.dtype:
         written_config["dtype"] = options.dtype
     name = options.push or options.out.name
-    card = model_card(name, source, config, limits, options.format, stages, options.results)
-    files = files_beside(source, limits, config, options.format, card)
+    card = model_card(name, source, config, limits, format, stages, options.results)
+    files = files_beside(source, limits, config, format, card)
     unchecked = options.out.with_name(options.out.name + ".unchecked")
-    tensors = export_tensors(source, options, written_config)
+    tensors = export_tensors(source, format, options.dtype, written_config)
     try:
         with tempfile.TemporaryDirectory() as folder:
             for table in TOKENIZER_FILES:
@@ -90,27 +94,50 @@ def export(options: ExportOptions) -> Path:
             (unchecked / file).write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{options.out} cannot be written: {error.strerror}") from None
-    check_reload(source, unchecked, limits, options.format)
+    check_reload(source, unchecked, limits, format)
     os.replace(unchecked, options.out)
     return options.out
 
 
+def written_format(source: Path, raw: dict, config: VLMConfig, asked: Format) -> Format:
+    """The format asked for, or `stock` for a literal graft, which needs no code anywhere.
+
+    Raises:
+        ConfigError: a model that is no graft, or a literal one in another format.
+    """
+    if raw["model_type"] == "graft_vl":
+        return asked
+    grafted = any((source / name).exists() for name in ("graft_report.json", LITERAL))
+    if config.text.qk_norm or not grafted:
+        raise ConfigError(f"{source} is a {raw['model_type']} model; a graft is exported")
+    if asked != "hf":
+        raise ConfigError(
+            f"{source} is a literal graft, which stock transformers and vLLM both load; leave "
+            f"--format {asked} out"
+        )
+    return "stock"
+
+
 def export_tensors(
-    source: Path, options: ExportOptions, config: dict
-) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) one by one; stock classes get the zero biases that they insist on."""
+    source: Path, format: Format, dtype: str | None, config: dict
+) -> Iterator[Entry]:
+    """What is written; stock classes get the zero biases that they insist on."""
     reader = TensorReader(source)
     if config["tie_word_embeddings"]:
         reader.discard("lm_head.weight")
     for name in reader.names():
-        tensor = reader.get(name)
-        if options.dtype:
-            tensor = tensor.to(DTYPES[options.dtype])
-        yield name, tensor
+        entry = reader.entry(name, DTYPES[dtype] if dtype else None)
+        yield replace(entry, name=hub_name(name)) if format == "stock" else entry
         stem, _, leaf = name.rpartition(".")
         is_qkv = stem.endswith(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
-        if options.format == "vllm_stock" and is_qkv and leaf == "weight":
-            yield f"{stem}.bias", tensor.new_zeros(len(tensor))
+        if format == "vllm_stock" and is_qkv and leaf == "weight":
+            rows = entry.shape[0]
+            yield Entry(f"{stem}.bias", entry.dtype, (rows,), (torch.zeros(rows),))
+
+
+def hub_name(name: str) -> str:
+    """Our tensor names -> those of the hub's Qwen2.5-VL."""
+    return name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
 
 
 def push(folder: Path, repository: str, private: bool) -> str:
@@ -138,10 +165,11 @@ def push(folder: Path, repository: str, private: bool) -> str:
 def parse_arguments(arguments: list[str] | None = None) -> ExportOptions:
     parser = argparse.ArgumentParser(prog="python serve/export.py", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("source", type=Path, help="a run, a checkpoint, or a model directory")
+    parser.add_argument("source", help="a run, a checkpoint, a model directory or a hub id")
+    add_hub_argument(parser)
     parser.add_argument("--out", type=Path, required=True, help="must not exist yet")
     parser.add_argument(
-        "--format", choices=get_args(Format), default="hf", help="vllm_stock: for vLLM, no plugin"
+        "--format", choices=FORMATS, default="hf", help="vllm_stock: for vLLM, no plugin"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="default: as the checkpoint has it")
     parser.add_argument("--max_shard_gb", type=float, default=4.0)

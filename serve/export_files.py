@@ -17,7 +17,8 @@ from vlm.graft.tokenizer import chat_template, generation_config, load_tokenizer
 from vlm.hf_config import read_json
 from vlm.vision import IMAGE_MEAN, IMAGE_STD
 
-Format = Literal["hf", "vllm_stock"]
+Format = Literal["hf", "vllm_stock", "stock"]
+"""`stock` is the literal variant's own: a plain qwen2_5_vl that stock classes compute exactly."""
 HF_CODE = Path(__file__).parents[1] / "vlm" / "hf"
 CODE_FILES = ("configuration_graft_vl.py", "modeling_graft_vl.py")
 AUTO_MAP = {
@@ -30,6 +31,15 @@ STOCK_WARNING = (
     "This folder is for vLLM alone. It calls itself qwen2_5_vl and carries QK-norm, which vLLM "
     "honours (text_config.qk_norm) and stock transformers drops without a word: there the model "
     "would answer nonsense. For transformers export with --format hf."
+)
+LITERAL = "LITERAL_VARIANT.txt"
+LITERAL_NOTE = (
+    "This is the literal variant of the graft: a plain Qwen2.5-VL, which stock transformers and "
+    "stock vLLM load without any code of GraftVL. Qwen3's QK-norm was dropped when it was built, "
+    "so that what it says of text is what training taught it since. Text after a video is placed "
+    "as in training by vLLM; transformers counts the video's height and width alone, and differs "
+    "where a video is longer than it is wide. transformers' processor samples the frames of a "
+    "video only where it is called with do_sample_frames=True."
 )
 # Qwen3's convention: thinking is switched off by an empty thought at the start of the answer.
 NO_THINKING = (
@@ -61,7 +71,7 @@ def processor_files(limits: Limits, config: VLMConfig, format: Format) -> dict[s
         "video_processor_type": "Qwen2VLVideoProcessor",
         "size": frame_size(limits),
         **frame_sampling(limits),
-        # stock vLLM samples before the processor and would be sampled again
+        # stock vLLM samples before the processor, and its frames would be sampled again
         "do_sample_frames": format == "hf",
         "cap_pixels_per_frame": False,
     }
@@ -77,6 +87,8 @@ def export_config(raw: dict, config: VLMConfig, format: Format) -> dict:
     """The export's `config.json` from the checkpoint's."""
     if format == "hf":
         return raw | {"auto_map": AUTO_MAP}
+    if format == "stock":
+        return raw
     text = config.text
     if text.num_attention_heads * text.head_dim != text.hidden_size:
         raise CheckpointError(
@@ -110,6 +122,8 @@ def files_beside(
     files |= {name: json.dumps(value, indent=2) + "\n" for name, value in content.items()}
     if format == "hf":
         return files | {name: (HF_CODE / name).read_text("utf-8") for name in CODE_FILES}
+    if format == "stock":
+        return files | {LITERAL: LITERAL_NOTE + "\n"}
     return files | {GUARD: STOCK_WARNING + "\n"}
 
 

@@ -20,6 +20,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,6 +31,8 @@ from serve.serve_config import API_KEY, ServeConfig, parse, vllm_command
 from serve.usage import UsageError
 from serve.vllm_env import is_cpu, vllm_environment
 from vlm.data.limits import ENVIRONMENT
+from vlm.hf_config import ConfigError
+from vlm.hub import resolve_model
 
 GUARD = Path(__file__).with_name("guard.py")
 POLL_SECONDS, REPORT_SECONDS = 0.1, 15.0
@@ -52,10 +55,19 @@ def running_server(config: ServeConfig) -> Iterator[str]:
         UsageError: the model, the machine or the port will not do.
         ServerError: vLLM ended, or did not answer within `start_timeout`.
     """
+    config = with_model_here(config)
     check(config, is_cpu())
     with Vllm(config) as vllm:
         vllm.wait_until_ready()
         yield f"{config.url}/v1"
+
+
+def with_model_here(config: ServeConfig) -> ServeConfig:
+    """The config with the model's directory, downloaded if it is a hub's; UsageError if not."""
+    try:
+        return replace(config, model=resolve_model(config.model, config.hub))
+    except ConfigError as error:
+        raise UsageError(str(error)) from None
 
 
 class Vllm:
@@ -183,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
         if arguments is None:
             hide_api_key(API_KEY)
             arguments = sys.argv[1:]
-        config = parse(arguments)
+        config = with_model_here(parse(arguments))
         check(config, is_cpu())
         print(introduction(config), flush=True)
         _catch_signals()

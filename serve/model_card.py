@@ -4,10 +4,11 @@ Facts come from files that are there: the graft's report, and for each stage the
 `config.yaml`, `log.jsonl` and `trainer.json` (`serve/source.py`).
 """
 
+import re
 from importlib.metadata import version
 from pathlib import Path
 
-from serve.export_files import STOCK_WARNING, Format
+from serve.export_files import LITERAL_NOTE, STOCK_WARNING, Format
 from vlm.config import VLMConfig
 from vlm.cost import parameter_counts
 from vlm.data.limits import Limits
@@ -29,16 +30,19 @@ USE = """## Use
 from PIL import Image
 from transformers import pipeline
 
-pipe = pipeline("image-text-to-text", model="{name}", trust_remote_code=True)
+pipe = pipeline("image-text-to-text", model="{name}"{trust})
 message = {{"role": "user", "content": [
     {{"type": "image", "image": Image.open("cat.jpg").convert("RGB")}},
     {{"type": "text", "text": "What is in this picture?"}}]}}
 print(pipe(text=[message], max_new_tokens=128, return_full_text=False)[0]["generated_text"])
 ```
 
-Made and checked with transformers {transformers}. With vLLM: `python serve/launch.py {name}` in a
-checkout of GraftVL, after `make install` or `pip install .` there.
+Made and checked with transformers {transformers}. With vLLM: {vllm}
 """
+PLUGIN = (
+    "`python serve/launch.py {name}` in a\ncheckout of GraftVL, after `make install` or "
+    "`pip install .` there."
+)
 STOCK_USE = """## Use
 
 `vllm serve {name}`, without a plugin. {warning}
@@ -61,11 +65,18 @@ def model_card(
     """
     report = source / "graft_report.json"
     graft = read_json(report) if report.exists() else {}
-    use = (
-        USE.format(name=name, transformers=version("transformers"))
-        if format == "hf"
-        else STOCK_USE.format(name=name, warning=STOCK_WARNING)
-    )
+    if format == "vllm_stock":
+        use = STOCK_USE.format(name=name, warning=STOCK_WARNING)
+    else:
+        literal = format == "stock"
+        use = USE.format(
+            name=name,
+            trust="" if literal else ", trust_remote_code=True",
+            transformers=version("transformers"),
+            vllm=f"`vllm serve {name}`, without a plugin.\n\n{LITERAL_NOTE}"
+            if literal
+            else PLUGIN.format(name=name),
+        )
     parts = [FRONT_MATTER, f"# {name}\n", _what(config, graft), use]
     parts += [_training(stages), _scores(results), _limits(config, limits, stages)]
     return "\n".join(part for part in parts if part)
@@ -82,12 +93,12 @@ def _what(config: VLMConfig, graft: dict) -> str:
     ]
     if graft:
         for what, donor in (("vision tower", "vision"), ("language model", "llm")):
-            lines.append(f"| {what} from | `{_short(graft['donors'][donor]['path'])}` |")
+            lines.append(f"| {what} from | `{donor_name(graft['donors'][donor]['path'])}` |")
     lines += [f"| parameters, {part} | {count:,} |" for part, count in counts.items()]
     lines += [
         f"| decoder | {text.num_hidden_layers} layers, hidden size {text.hidden_size}, "
         f"{text.num_attention_heads} heads of {text.head_dim}, {text.num_key_value_heads} "
-        "key/value heads, QK-norm |",
+        f"key/value heads, {'QK-norm' if text.qk_norm else 'no QK-norm, biases on q, k and v'} |",
         f"| head | {'tied to the embedding' if text.tie_word_embeddings else 'untied'} |",
         "",
     ]
@@ -159,6 +170,7 @@ def _limits(config: VLMConfig, limits: Limits, stages: list[dict]) -> str:
 """
 
 
-def _short(path: str) -> str:
-    """A donor by the last parts of its path: an owner's folder tells nobody anything."""
-    return Path(path).name
+def donor_name(path: str) -> str:
+    """A donor's directory name, or its id in a hub's cache: an owner's folder says nothing."""
+    snapshot = re.search(r"models--(.+?)--(.+?)/snapshots/(\w{7})", path)
+    return f"{snapshot[1]}/{snapshot[2]}@{snapshot[3]}" if snapshot else Path(path).name

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from serve.batch import split_label
-from vlm.data.formats.messages import parse_line
+from vlm.data.formats import parse_line
+from vlm.data.formats.context import RowContext
 from vlm.data.schema import IMAGE_TAG, VIDEO_TAG, Message, Sample
 from vlm.hf_config import ConfigError
 
@@ -82,7 +83,7 @@ def requests_from(path: Path, rows: int) -> list[Sample]:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip() and len(samples) < rows:
-                    sample = parse_line(line, f"{path.name}:{number}", path.parent)
+                    sample = parse_line(line, f"{path.name}:{number}", RowContext(path.parent))
                     samples.append(split_label(sample)[0])
     except OSError as error:
         raise ConfigError(f"--data {path} cannot be read ({error.strerror})") from None

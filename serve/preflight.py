@@ -57,8 +57,6 @@ def find_vllm() -> str:
 
 def check_model(folder: Path) -> VLMConfig:
     """The config of a directory that vLLM can serve."""
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is not a directory; give that of an exported model")
     export = f"python serve/export.py {folder} --out EXPORT, then serve EXPORT"
     if not (folder / "config.json").exists() and (folder / "latest").exists():
         raise UsageError(f"{folder} is a training run: {export}")

@@ -1,7 +1,8 @@
 """The reload check: what was written, loaded as a stranger would, gives our logits.
 
-The export's own code is loaded through `auto_map`, as on a machine without GraftVL. The format
-`vllm_stock` has no code: our own reader takes it, biases and all.
+The export's own code is loaded through `auto_map`, as on a machine without GraftVL; the literal
+variant by transformers' own classes. The format `vllm_stock` is not for transformers: our own
+reader takes it, biases and all.
 """
 
 import gc
@@ -35,7 +36,7 @@ def check_reload(source: Path, exported: Path, limits: Limits, format: Format) -
     processor = Processor.from_pretrained(source, limits)
     samples = (text_sample(), image_sample())
     examples = [processor.prompt(sample) for sample in samples]
-    if format == "hf":
+    if format != "vllm_stock":
         check_processor(exported, samples[1], examples[1])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = stored_dtype(exported)
@@ -44,7 +45,7 @@ def check_reload(source: Path, exported: Path, limits: Limits, format: Format) -
     del model
     gc.collect()
     config = processor.config
-    load = {"hf": reload_with_transformers, "vllm_stock": reload_stock}[format]
+    load = reload_with_us if format == "vllm_stock" else reload_with_transformers
     for name, ours, theirs in zip(
         ("text", "image"), expected, load(exported, examples, config, dtype, device), strict=True
     ):
@@ -90,7 +91,7 @@ def reload_with_transformers(
     return [hf_logits(model, example, config) for example in examples]
 
 
-def reload_stock(
+def reload_with_us(
     folder: Path, examples: list[Example], config: VLMConfig, dtype: torch.dtype, device: str
 ) -> list[Tensor]:
     model = load_model(folder, dtype, device).eval()

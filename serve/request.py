@@ -8,9 +8,18 @@ import re
 from PIL import Image
 
 from serve.conversation import without_thoughts
-from vlm.data.chat import join_turns
+from vlm.data.chat import join_turns, system_text
 from vlm.data.image import ORIENTATION, BadImage, load_image, open_image
-from vlm.data.schema import IMAGE_TAG, VIDEO_TAG, BadSample, Media, Sample, Video, check_sample
+from vlm.data.schema import (
+    IMAGE_TAG,
+    VIDEO_TAG,
+    BadSample,
+    Media,
+    Message,
+    Sample,
+    Video,
+    check_sample,
+)
 
 TAG = re.compile(f"({IMAGE_TAG}|{VIDEO_TAG})")
 SEEN_ALIKE = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
@@ -31,6 +40,10 @@ def request_messages(conversation: Sample) -> list[dict]:
             "an empty system prompt cannot be asked of a server, whose template would write an "
             "empty system turn where training has none; leave it out for the default",
         )
+    if conversation.boxes:
+        raise BadSample(conversation.id, "has boxes, which a server cannot place in its own pixels")
+    if conversation.tools:  # as text, since a server's template would write them its own way
+        system = [Message("system", system_text(conversation))]
     messages = []
     for turn in [*system, *join_turns(conversation)]:
         parts = []

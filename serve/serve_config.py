@@ -17,6 +17,7 @@ from serve.limits import vllm_arguments
 from serve.source import limits_of
 from serve.usage import UsageError
 from vlm.data.limits import Limits, environment_limits
+from vlm.hub import Hub
 
 API_KEY = "VLLM_API_KEY"
 """The variable that vLLM takes its key from: an environment is private, a command line is not."""
@@ -28,8 +29,10 @@ in the environment, asks clients for a key. What follows `--` goes to vLLM as it
 class ServeConfig:
     """Options of serve/launch.py; the defaults are the recipe's."""
 
-    model: Path
-    """Directory of an exported model."""
+    model: str | Path
+    """Directory of an exported model, or OWNER/NAME[@REVISION] of a hub."""
+    hub: Hub = "huggingface"
+    """That has a model which is no directory here."""
 
     min_pixels: int | None = None
     """Of an image; smaller ones are scaled up. This and the next five: None for the model's own."""
@@ -134,7 +137,7 @@ class ServeConfig:
     def limits(self) -> Limits:
         """Those that were given, over those that the model was exported with, over the recipe's."""
         given = {field.name: getattr(self, field.name) for field in fields(Limits)}
-        own = limits_of(self.model) if self.model.is_dir() else {}
+        own = limits_of(Path(self.model)) if Path(self.model).is_dir() else {}
         return Limits(**own | {name: value for name, value in given.items() if value is not None})
 
     @property

@@ -9,17 +9,23 @@ import yaml
 from serve.limits import read_limits
 from vlm.data.limits import Limits
 from vlm.hf_config import ConfigError, read_json
+from vlm.hub import Hub, resolve_model
 
 MAX_STAGES = 20
-EXPORT_MARKS = ("modeling_graft_vl.py", "DO_NOT_LOAD_WITH_STOCK_TRANSFORMERS.txt")
+EXPORT_MARKS = (
+    "modeling_graft_vl.py",
+    "DO_NOT_LOAD_WITH_STOCK_TRANSFORMERS.txt",
+    "LITERAL_VARIANT.txt",
+)
 
 
-def find_model(path: Path) -> Path:
-    """The model's directory in a run, a checkpoint, or the directory itself.
+def find_model(reference: str | Path, hub: Hub = "huggingface") -> Path:
+    """The model's directory in a run, a checkpoint, or the directory itself; a hub id's snapshot.
 
     Raises:
         ConfigError: there is none.
     """
+    path = resolve_model(reference, hub)
     if (path / "config.json").exists():
         return path
     if (path / "latest").exists():

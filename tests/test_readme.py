@@ -41,11 +41,15 @@ def commands(text: str) -> list[str]:
 
 
 def tree_files() -> list[str]:
-    """Paths in the file tree; a folder ends with a slash and holds what is indented below it."""
-    (block,) = re.findall(r"<!-- tree -->\n```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    """Paths in README's file tree and in that of tests/README.md.
+
+    A folder ends with a slash and holds what is indented below it.
+    """
+    text = README + (ROOT / "tests/README.md").read_text(encoding="utf-8")
+    trees = re.findall(r"<!-- tree -->\n```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     folders: list[str] = []
     files = []
-    for line in block.splitlines():
+    for line in "".join(trees).splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
         name, _, purpose = line.strip().partition(" ")
         assert purpose.strip(), f"the tree says nothing about {name}"

@@ -74,10 +74,12 @@ def copy_companions(folder: Path) -> None:
             shutil.copyfile(GOLDEN_MODEL / name, folder / name)
 
 
-def write_vision_donor(folder: Path, nested: bool = False, new_keys: bool = False) -> Path:
+def write_vision_donor(
+    folder: Path, nested: bool = False, new_keys: bool = False, tie: bool = False
+) -> Path:
     """A tiny random Qwen2.5-VL in {flat, nested config} x {hub, new keys}; returns its folder."""
     raw = json.loads((GOLDEN_MODEL / "config.json").read_text())
-    raw["tie_word_embeddings"] = False
+    raw["tie_word_embeddings"] = tie
     model = VisionLanguageModel(parse_config(raw))
     randomise(model, seed=11)
     if nested:
@@ -91,7 +93,7 @@ def write_vision_donor(folder: Path, nested: bool = False, new_keys: bool = Fals
             "mrope_section": text.pop("rope_scaling")["mrope_section"],
         }
         raw |= {
-            "tie_word_embeddings": False,
+            "tie_word_embeddings": tie,
             "text_config": text | {"model_type": "qwen2_5_vl_text"},
         }
     _write_donor(folder, model, raw, new_keys, max_shard_bytes=400_000)
@@ -107,6 +109,7 @@ def write_llm_donor(
     new_keys: bool = False,
     tie: bool = True,
     vocab_size: int = 4096,
+    hidden_size: int = 48,
 ) -> Path:
     """A tiny random Qwen3; returns its folder."""
     raw = {
@@ -115,7 +118,7 @@ def write_llm_donor(
         "attention_bias": False,
         "head_dim": 32,
         "hidden_act": "silu",
-        "hidden_size": 48,
+        "hidden_size": hidden_size,
         "intermediate_size": 96,
         "max_position_embeddings": 40960,
         "max_window_layers": 3,

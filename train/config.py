@@ -6,12 +6,14 @@ Flags keep the recipe's names. An unknown or mistyped key is an error, never ign
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from vlm.data.limits import Limits, environment_limits
+from vlm.data.pack import Budget, Mode
+from vlm.hub import Hub
 
 
 class UsageError(ValueError):
@@ -22,12 +24,20 @@ class UsageError(ValueError):
 class TrainConfig:
     """Options of train/sft.py; the defaults are the recipe's and its peer's."""
 
-    model: Path
-    """Directory of the model to start from."""
-    dataset: list[Path]
-    """JSONL files, one sample a line."""
+    model: str | Path
+    """The model to start from: its directory, or OWNER/NAME[@REVISION] of a hub."""
+    dataset: list[str | dict[str, Any]]
+    """Files, directories or data sets of the hub, `PATH` or `PATH#LIMIT`; in YAML also mappings
+    with the fields of `vlm.data.sources.SourceSpec`."""
     output_dir: Path
     """The run's directory; the same command resumes from what it finds there."""
+    hub: Hub = "huggingface"
+    """That has a model or a data set which is no path here."""
+    media_root: Path | None = None
+    """What paths of media are relative to, and may not leave (default: the data file's directory,
+    and anywhere)."""
+    allow_urls: bool = False
+    """Download images that are given as http(s) URLs."""
 
     freeze_vit: bool = False
     freeze_aligner: bool = False
@@ -39,12 +49,23 @@ class TrainConfig:
     max_steps: int | None = None
     """Optimiser steps in all; overrides num_train_epochs."""
     per_device_train_batch_size: int = 2
-    """Samples in a micro-batch."""
+    """Samples in a micro-batch, where the plan is `samples`."""
     gradient_accumulation_steps: int = 8
-    """Micro-batches per step, where global_batch_size is not given."""
+    """Micro-batches per step, where the plan is `samples` and global_batch_size is not given."""
     global_batch_size: int | None = None
-    """Samples per optimiser step; fixed at the run's first start (default: micro-batch x
-    accumulation x ranks)."""
+    """Samples per optimiser step; fixed at the run's first start (default:
+    per_device_train_batch_size x gradient_accumulation_steps x ranks)."""
+    plan: Mode = "packed"
+    """How a step's samples become micro-batches: as few as the budgets allow, of equal FLOPs on
+    all ranks; or `samples`, a fixed number in each. Neither changes the gradient."""
+    token_budget: int = 8192
+    """Tokens of a packed micro-batch; at least max_length."""
+    patch_budget: int = 20480
+    """Patches of a packed micro-batch (a sample above it goes alone): four images of 1003520
+    pixels."""
+    skip_text_only: bool = True
+    """While the language model is frozen: leave samples without image or video out, which train
+    nothing; their targets still count, so that the gradient is the same."""
 
     learning_rate: float = 5e-6
     vit_lr: float | None = None
@@ -68,6 +89,9 @@ class TrainConfig:
     """Tokens of a sample."""
     truncation: Literal["delete", "left", "right"] = "delete"
     """What is done to a longer one: dropped and recorded, or its text cut (never its media)."""
+    think: Literal["keep", "strip_history"] = "keep"
+    """Thoughts (`<think>...</think>`) in answers before a sample's last question: learnt as they
+    stand, or removed, as Qwen3's template does."""
     min_pixels: int = Limits.min_pixels
     max_pixels: int = Limits.max_pixels
     video_max_pixels: int = Limits.video_max_pixels
@@ -78,8 +102,12 @@ class TrainConfig:
     """Most frames of a video."""
     max_bad_fraction: float = 0.01
     """Share of bad samples that stops the run."""
+    on_bad: Literal["skip", "error"] = "skip"
+    """A bad sample is recorded and left out, or ends the run."""
     dataloader_num_workers: int = 4
     """Per rank."""
+    dataloader_timeout: int = 600
+    """Seconds without data after which the workers are called stuck and the run ends."""
     dataset_num_proc: int = 8
     """Processes that index the data."""
 
@@ -98,6 +126,10 @@ class TrainConfig:
             "learning_rate",
             "max_grad_norm",
             "max_length",
+            "token_budget",
+            "patch_budget",
+            "dataloader_timeout",
+            "dataset_num_proc",
             "save_steps",
             "save_total_limit",
             "logging_steps",
@@ -110,6 +142,11 @@ class TrainConfig:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0")
         if not 0 <= self.warmup_ratio < 1:
             raise UsageError(f"warmup_ratio is {self.warmup_ratio}; it must be in 0..1")
+        if self.plan == "packed" and self.max_length > self.token_budget:
+            raise UsageError(
+                f"max_length {self.max_length} is above token_budget {self.token_budget}; a "
+                "micro-batch must hold any sample"
+            )
         try:
             Limits.of(self)
         except ValueError as error:
@@ -117,10 +154,15 @@ class TrainConfig:
         if self.freeze_vit and self.freeze_aligner and self.freeze_llm:
             raise UsageError("freeze_vit, freeze_aligner and freeze_llm leave nothing to train")
 
+    @property
+    def budget(self) -> Budget:
+        """Of a micro-batch."""
+        samples = self.per_device_train_batch_size
+        return Budget(self.plan, samples, self.token_budget, self.patch_budget)
+
     def to_yaml(self) -> str:
         """The resolved config, loadable with --config."""
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
-        plain["dataset"] = [str(path) for path in self.dataset]
         return yaml.safe_dump(plain, sort_keys=False)
 
 
@@ -131,7 +173,11 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
     )
     parser.add_argument("--config", action="config", help="YAML file of options")
     parser.add_argument(
-        "--dataset", type=Path, nargs="+", required=True, help="JSONL files, one sample a line"
+        "--dataset",
+        type=str | dict[str, Any],
+        nargs="+",
+        required=True,
+        help="files, directories or data sets of the hub; PATH#N: the first N rows",
     )
     parser.add_class_arguments(TrainConfig, skip={"dataset"})
     try:

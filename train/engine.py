@@ -43,9 +43,15 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this rank's share of the global mean loss."""
 
-    def step(self, loss: float) -> float:
-        """Update, unless the loss of the step or the norm of the summed gradient, which is
-        returned, is not finite."""
+    def step(self, sums: Tensor) -> tuple[list[float], float]:
+        """Update, unless a sum or the gradient's norm is not finite.
+
+        Args:
+            sums: (s,) float64: this rank's sums of losses.
+
+        Returns:
+            The sums over all ranks, and the norm: all that is read from the device in a step.
+        """
 
     def fragments(self) -> Iterator[Fragment]:
         """This rank's training state."""
@@ -105,15 +111,15 @@ class PlainEngine:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self, loss: float) -> float:
-        masters = self._masters.values()
-        norm = float(nn.utils.clip_grad_norm_(masters, self._max_norm))
-        if math.isfinite(norm) and math.isfinite(loss):
+    def step(self, sums: Tensor) -> tuple[list[float], float]:
+        norm = nn.utils.clip_grad_norm_(self._masters.values(), self._max_norm)
+        *losses, norm = torch.cat([sums, norm.double()[None]]).tolist()
+        if all(map(math.isfinite, (*losses, norm))):
             self._optimizer.step()
             self.updates += 1
             self._publish()
         self._optimizer.zero_grad()
-        return norm
+        return losses, norm
 
     def fragments(self) -> Iterator[Fragment]:
         for name, master in self._masters.items():
@@ -144,7 +150,7 @@ class ZeroEngine:
     ) -> None:
         deepspeed = _import_deepspeed(world)
         self.updates = 0
-        self._world_size = world.size
+        self._world = world
         self._parameters = {n: p for group in groups for n, p in group.parameters.items()}
         self._engine, *_ = deepspeed.initialize(
             model=model,
@@ -156,16 +162,17 @@ class ZeroEngine:
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed averages over ranks; the loss is already a share of the global mean
-        self._engine.backward(loss * self._world_size, scale_wrt_gas=False)
+        self._engine.backward(loss * self._world.size, scale_wrt_gas=False)
 
-    def step(self, loss: float) -> float:
-        if not math.isfinite(loss):
+    def step(self, sums: Tensor) -> tuple[list[float], float]:
+        losses = self._world.sum(sums.tolist())
+        if not all(map(math.isfinite, losses)):
             self._poison()
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         if math.isfinite(norm):  # else DeepSpeed has skipped the step, without a word
             self.updates += 1
-        return norm
+        return losses, norm
 
     def _poison(self) -> None:
         """Make DeepSpeed refuse the step: it does so, and cleans up, where a gradient is nan."""

@@ -1,11 +1,34 @@
-"""What a run says of itself: `log.jsonl` always, and a progress bar."""
+"""What a run says of itself: its first words, `log.jsonl` always, and a progress bar."""
 
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
+
+from train.config import TrainConfig
+from train.state import Progress
+from train.world import World
+from vlm.data.limits import ENVIRONMENT, environment_limits
+
+
+def introduction(
+    config: TrainConfig, world: World, progress: Progress, good: int, bad: int, total_steps: int
+) -> str:
+    """What is started or resumed, on what data (good and bad samples), with which limits."""
+    defaults = environment_limits().items()
+    in_force = [option for option, value in defaults if getattr(config, option) == value]
+    set_by = {v: o for v, o in ENVIRONMENT.items() if o in in_force}
+    verb = "resuming" if progress.step else "starting"
+    return (
+        f"{verb} at step {progress.step} of {total_steps}: "
+        f"{good} samples ({bad} bad), {progress.global_batch_size} a step, {world.size} ranks on "
+        f"{world.device.type}, {config.dtype}, max_pixels {config.max_pixels}, video_max_pixels "
+        f"{config.video_max_pixels}, fps {config.fps}, fps_max_frames {config.fps_max_frames}"
+        + "".join(f" ({option} from {variable})" for variable, option in set_by.items())
+    )
 
 
 class Log:
@@ -48,28 +71,51 @@ class Log:
 class Window:
     """Sums over the steps between two log lines."""
 
-    def __init__(self) -> None:
+    def __init__(self, sources: Sequence[str]) -> None:
+        self.sources = sources
         self.began = time.perf_counter()
         self.loss = self.steps = self.tokens = self.targets = self.samples = 0
         self.flops = self.data_seconds = self.norm = 0.0
+        self.sums, self.seen = [0.0] * len(sources), [0.0] * len(sources)
 
-    def add(self, loss: float, norm: float, counts: list[float], data_seconds: float) -> None:
-        """One step: mean loss, gradient norm and (targets, tokens, samples, FLOPs) of all ranks."""
+    def add(
+        self,
+        loss: float,
+        norm: float,
+        counts: Sequence[float],
+        sums: Sequence[float],
+        seen: Sequence[float],
+        data_seconds: float,
+    ) -> None:
+        """One step, over all ranks.
+
+        Args:
+            loss: the mean; norm: of the gradient.
+            counts: targets, tokens, samples and FLOPs.
+            sums: of losses, and `seen` the targets that they are of, per source.
+        """
         targets, tokens, samples, flops = counts
         self.steps += 1
         self.loss += loss
         self.norm = norm
+        self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)]
+        self.seen = [a + b for a, b in zip(self.seen, seen, strict=True)]
         self.targets += targets
         self.tokens += tokens
         self.samples += samples
         self.flops += flops
         self.data_seconds += data_seconds
 
-    def figures(self) -> dict[str, float]:
-        """Means and rates. FLOPs are useful ones, by the convention of `vlm/cost.py`."""
+    def figures(self) -> dict[str, object]:
+        """Means and rates. FLOPs are useful ones, by the convention of `vlm/cost/`."""
         seconds = time.perf_counter() - self.began
         return {
             "loss": self.loss / self.steps,
+            "loss_by_source": {
+                name: total / seen
+                for name, total, seen in zip(self.sources, self.sums, self.seen, strict=True)
+                if seen
+            },
             "grad_norm": self.norm,  # of the last step that was taken
             "tokens": int(self.tokens),
             "targets": self.targets,

@@ -11,27 +11,32 @@ mistake in what was asked for, told in one sentence.
 import math
 import sys
 import time
-from functools import partial
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from train.config import TrainConfig, UsageError, parse
 from train.engine import check_engine, start_engine
 from train.freeze import banner, freeze, trained_parts
-from train.metrics import Log, Window
+from train.metrics import Log, Window, introduction
 from train.optim import learning_rate_scale, set_learning_rate
-from train.state import Progress, Run, restore_engine
+from train.state import Run, restore_engine
 from train.world import World
 from vlm.checkpoint import CheckpointError, load_model
-from vlm.cost import sample_flops
-from vlm.data.index import DataError, build_index
-from vlm.data.ledger import Ledger, TooManyBadSamples
-from vlm.data.limits import ENVIRONMENT, Limits, environment_limits
-from vlm.data.loader import StepDataset, make_loader
-from vlm.data.plan import batches_per_epoch
+from vlm.data.index import Index, build_index
+from vlm.data.index_cache import default_cache_dir
+from vlm.data.index_report import index_report
+from vlm.data.ledger import Entry, Ledger, TooManyBadSamples
+from vlm.data.limits import Limits
+from vlm.data.loader import StepDataset, make_plan, open_loader
+from vlm.data.plan_report import report
 from vlm.data.processor import Processor
+from vlm.data.sources import DataError, Source, open_sources
+from vlm.data.watch import DataWorkerError
 from vlm.hf_config import ConfigError
-from vlm.loss import cross_entropy_sum
+from vlm.hub import resolve_model
+from vlm.loss import cross_entropy
 
 REFUSED_IN_A_ROW = 3
 """So many steps with a loss or gradient that is not finite end the run."""
@@ -43,7 +48,7 @@ def train(config: TrainConfig, world: World) -> None:
     run = Run(config, world)
     found = run.latest()
     torch.manual_seed(config.seed + world.rank)
-    model_dir = found[0] / "model" if found else config.model
+    model_dir = found[0] / "model" if found else _given_model(config, world)
 
     # ---- data: measured once, by the first rank; the plan follows from the measures
     processor = Processor.from_pretrained(
@@ -51,137 +56,138 @@ def train(config: TrainConfig, world: World) -> None:
         Limits.of(config),
         max_length=config.max_length,
         truncation=config.truncation,
+        think=config.think,
     )
-    cost = partial(_cost, processor.config, trained_parts(config))
-    index, bad = world.from_first(
-        lambda: build_index(config.dataset, processor, cost, config.dataset_num_proc)
-    )
+    trains = trained_parts(config)
+    sources = _open_sources(config, world)
+
+    def measure() -> tuple[Index, list[Entry]]:
+        workers, folder = config.dataset_num_proc, default_cache_dir()
+        index, bad = build_index(sources, processor, workers, folder)
+        return replace(index, sources=()), bad  # every rank has opened its own
+
+    index, bad = world.from_first(measure)
+    index = replace(index, sources=sources)
     samples = len(index) + len(bad)
-    ledger = Ledger(run.ledger, writes=world.first)
+    ledger = Ledger(run.ledger, writes=world.first, strict=config.on_bad == "error")
     ledger.record(bad)
     ledger.check(samples, config.max_bad_fraction)
-    progress = found[1] if found else _fresh_progress(config, world, index)
-    if (progress.samples, progress.data) != (len(index), index.fingerprint()):
-        raise UsageError(f"the data differs from what {run.dir} was started with; use another dir")
-    size = config.global_batch_size or progress.global_batch_size
-    if (progress.seed, progress.global_batch_size) != (config.seed, size):
-        raise UsageError(
-            f"{run.dir} was started with seed {progress.seed} and global_batch_size "
-            f"{progress.global_batch_size}, which fix its batches; keep them or use another dir"
-        )
-    steps_per_epoch = batches_per_epoch(len(index), progress.global_batch_size)
+    progress = found[1] if found else run.begin(index)
+    run.check(progress, index)
+    skips_text = config.skip_text_only and "llm" not in trains
+    costs = index.costs(processor.config, trains)
+    fixed = (progress.global_batch_size, config.seed, world.size)
+    plan = make_plan(index, costs, *fixed, config.budget, skips_text)
+    dataset = StepDataset(index, processor, plan, world.rank)
+    steps_per_epoch = plan.steps_per_epoch
     total_steps = config.max_steps or steps_per_epoch * config.num_train_epochs
-    micro_batch = config.per_device_train_batch_size
-    plan = (progress.global_batch_size, micro_batch, config.seed, world.rank, world.size)
-    dataset = StepDataset(index, processor, *plan)
 
     # ---- model and engine
     model = load_model(model_dir, getattr(torch, config.dtype), world.device).train()
     groups = freeze(model, config)
     model.set_recompute("full" if config.gradient_checkpointing else "none")
     log = Log(run.log, progress.step, total_steps, enabled=world.first)
-    log.say(_introduction(config, world, progress, len(index), len(bad), total_steps))
+    log.say(f"model {model_dir}")  # a hub's revision is in it, for a run that started from there
+    log.say(introduction(config, world, progress, len(index), len(bad), total_steps))
     log.say(banner(model, groups))
+    if world.first:
+        log.say(index_report(index, bad))
+        log.say(report(plan, most_steps=20).line())
     _warm_up(model, dataset, world)  # memory fails here or never
-    steps = iter(
-        make_loader(dataset, progress.position, config.dataloader_num_workers, _cuda(world))
-    )
-    engine = start_engine(model, groups, config, world)
-    if found:
-        restore_engine(found[0], engine, progress.updates, world.rank)
+    workers, timeout = config.dataloader_num_workers, config.dataloader_timeout
+    on_cuda = world.device.type == "cuda"
+    with open_loader(dataset, progress.position, workers, on_cuda, timeout) as steps:
+        engine = start_engine(model, groups, config, world)
+        if found:
+            restore_engine(found[0], engine, progress.updates, world.rank)
 
-    # ---- the loop: one turn is one optimiser step
-    window, refused = Window(), 0
-    for step in range(progress.step + 1, total_steps + 1):
-        waiting = time.perf_counter()
-        part = next(steps)  # this rank's micro-batches, all of them
-        waiting = time.perf_counter() - waiting
+        # ---- the loop: one turn is one optimiser step
+        window, refused = Window(dataset.sources), 0
+        for step in range(progress.step + 1, total_steps + 1):
+            waiting = time.perf_counter()
+            part = next(steps)  # this rank's micro-batches, all of them
+            waiting = time.perf_counter() - waiting
 
-        # What only this rank knows becomes known to all: how many targets its samples really
-        # have (one may have turned out bad), and which were bad.
-        world.check_in()
-        counts = world.sum([part.targets, part.tokens, part.samples, part.flops, len(part.bad)])
-        targets, broken = counts[0], counts.pop()
-        if broken:
-            ledger.record(world.gather(part.bad))
-            ledger.check(samples, config.max_bad_fraction)
+            # What only this rank knows becomes known to all: how many targets its samples really
+            # have (one may have turned out bad), and which were bad.
+            world.check_in()
+            own = [part.targets, part.tokens, part.samples, part.flops, len(part.bad)]
+            targets, *counts = world.sum(own + part.targets_by_source)
+            broken, seen = counts[3], counts[4:]
+            if broken:
+                ledger.record(world.gather(part.bad))
+                ledger.check(samples, config.max_bad_fraction)
 
-        if targets == 0:
-            log.write("skipped", step, reason="no targets", samples=world.gather(part.ids))
-        else:
-            loss_sum = torch.zeros((), device=world.device)
-            for micro_batch in part.micro_batches:
-                batch = micro_batch.to(world.device, non_blocking=True)
-                hidden = model(batch)  # (N, D) at the target rows
-                loss = cross_entropy_sum(hidden, model.head_weight, batch.targets, batch.weights)
-                loss = loss / targets  # of the global batch: packing and ranks change nothing
-                engine.backward(loss)
-                loss_sum += loss.detach()
-
-            scale = learning_rate_scale(engine.updates, total_steps, config)
-            set_learning_rate(engine.param_groups, scale)
-            (loss,) = world.sum([loss_sum.item()])
-            norm = engine.step(loss)
-            if math.isfinite(norm) and math.isfinite(loss):
-                refused = 0
-                window.add(loss, norm, counts, waiting)
+            if targets == 0:
+                log.write("skipped", step, reason="no targets", samples=world.gather(part.ids))
             else:
-                refused += 1
-                ids = world.gather(part.ids)
-                log.write("refused", step, loss=str(loss), grad_norm=str(norm), samples=ids)
-                log.say(f"step {step} refused: loss {loss}, gradient norm {norm}; samples {ids}")
-                if refused == REFUSED_IN_A_ROW:
-                    raise RuntimeError(f"{refused} steps refused in a row; see {run.log}")
+                sums = torch.zeros(len(seen), dtype=torch.float64, device=world.device)
+                for micro_batch in part.micro_batches:
+                    batch = micro_batch.to(world.device, non_blocking=True)
+                    hidden = model(batch)  # (N, D) at the target rows
+                    loss, losses = cross_entropy(
+                        hidden, model.head_weight, batch.targets, batch.weights
+                    )
+                    # of the global batch: packing and ranks change nothing
+                    engine.backward(loss / targets)
+                    sums.index_add_(0, batch.sources, losses.double())
 
-        progress = progress.after(part.position, steps_per_epoch, step, engine.updates)
-        last = step == total_steps
-        if window.steps and (last or step % config.logging_steps == 0):
-            figures = window.figures()
-            rates = {group["name"]: group["lr"] for group in engine.param_groups}
-            log.write("train", step, epoch=part.position.epoch, **figures, lr=rates)
-            log.show(step, f"loss {figures['loss']:.4f} norm {figures['grad_norm']:.2f}")
-            window = Window()
-        if last or step % config.save_steps == 0:
-            run.save(model, engine, progress, model_dir)
+                scale = learning_rate_scale(engine.updates, total_steps, config)
+                set_learning_rate(engine.param_groups, scale)
+                sums, norm = engine.step(sums)
+                loss = sum(sums) / max(sum(seen), 1)
+                if math.isfinite(norm) and math.isfinite(loss):
+                    refused = 0
+                    window.add(loss, norm, [targets, *counts[:3]], sums, seen, waiting)
+                else:
+                    refused += 1
+                    ids = world.gather(part.ids)
+                    log.write("refused", step, loss=str(loss), grad_norm=str(norm), samples=ids)
+                    log.say(f"step {step} refused: loss {loss}, gradient norm {norm}; {ids}")
+                    if refused == REFUSED_IN_A_ROW:
+                        raise RuntimeError(f"{refused} steps refused in a row; see {run.log}")
+
+            progress = progress.after(part.position, steps_per_epoch, step, engine.updates)
+            last = step == total_steps
+            if window.steps and (last or step % config.logging_steps == 0):
+                figures = window.figures()
+                rates = {group["name"]: group["lr"] for group in engine.param_groups}
+                log.write("train", step, epoch=part.position.epoch, **figures, lr=rates)
+                log.show(step, f"loss {figures['loss']:.4f} norm {figures['grad_norm']:.2f}")
+                window = Window(dataset.sources)
+            if last or step % config.save_steps == 0:
+                run.save(model, engine, progress, model_dir)
     log.say(f"done: {run.dir}/{run.latest()[0].name}")
     log.close()
 
 
-def _fresh_progress(config: TrainConfig, world: World, index) -> Progress:
-    """Where a run begins. The size of its global batches is fixed here, for good."""
-    per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    size = config.global_batch_size or per_step * world.size
-    return Progress(0, 0, 0, 0, size, config.seed, len(index), index.fingerprint())
+def _given_model(config: TrainConfig, world: World) -> Path:
+    """Its directory; a hub's model is downloaded once on each machine."""
+    return world.from_first_of_machine(lambda: resolve_model(config.model, config.hub))
 
 
-def _cost(model_config, trains, sizes) -> float:
-    return sample_flops(model_config, sizes.length, sizes.grid_thw, sizes.targets, trains)
+def _open_sources(config: TrainConfig, world: World) -> tuple[Source, ...]:
+    """The data; what a hub has is downloaded once on each machine."""
 
+    def opened() -> tuple[Source, ...]:
+        return open_sources(
+            config.dataset,
+            media_root=config.media_root,
+            hub=config.hub,
+            allow_urls=config.allow_urls,
+        )
 
-def _cuda(world: World) -> bool:
-    return world.device.type == "cuda"
+    world.from_first_of_machine(lambda: len(opened()))  # a source itself may not travel
+    return opened()
 
 
 def _warm_up(model, dataset: StepDataset, world: World) -> None:
     """Forward and backward of the costliest micro-batch; the result is thrown away."""
     batch = dataset.costliest().to(world.device)
     hidden = model(batch)
-    cross_entropy_sum(hidden, model.head_weight, batch.targets, batch.weights).backward()
+    loss, _ = cross_entropy(hidden, model.head_weight, batch.targets, batch.weights)
+    loss.backward()
     model.zero_grad(set_to_none=True)
-
-
-def _introduction(config, world: World, progress, good: int, bad: int, total_steps: int) -> str:
-    defaults = environment_limits().items()
-    in_force = [option for option, value in defaults if getattr(config, option) == value]
-    set_by = {v: o for v, o in ENVIRONMENT.items() if o in in_force}
-    verb = "resuming" if progress.step else "starting"
-    return (
-        f"{verb} at step {progress.step} of {total_steps}: "
-        f"{good} samples ({bad} bad), {progress.global_batch_size} a step, {world.size} ranks on "
-        f"{world.device.type}, {config.dtype}, max_pixels {config.max_pixels}, video_max_pixels "
-        f"{config.video_max_pixels}, fps {config.fps}, fps_max_frames {config.fps_max_frames}"
-        + "".join(f" ({option} from {variable})" for variable, option in set_by.items())
-    )
 
 
 def main() -> int:
@@ -194,6 +200,13 @@ def main() -> int:
         if world is None or world.first:
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except DataWorkerError as error:  # known to one rank alone; the launcher ends the others
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        if world is None or world.first:
+            print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        return 130
     finally:
         if world is not None:
             world.stop()

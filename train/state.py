@@ -27,6 +27,7 @@ from train.config import TrainConfig, UsageError
 from train.engine import Engine, Fragment
 from train.world import World
 from vlm.checkpoint import save_model, write_json
+from vlm.data.index import Index
 from vlm.data.plan import Position
 from vlm.model import VisionLanguageModel
 
@@ -79,6 +80,26 @@ class Run:
             (self.dir / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
         except OSError as error:
             raise UsageError(f"output_dir {self.dir} cannot be written ({error})") from None
+
+    def begin(self, index: Index) -> Progress:
+        """Where a fresh run stands. The size of its global batches is fixed here, for good."""
+        config = self.config
+        per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        size = config.global_batch_size or per_rank * self.world.size
+        return Progress(0, 0, 0, 0, size, config.seed, len(index), index.fingerprint())
+
+    def check(self, progress: Progress, index: Index) -> None:
+        """UsageError where the data or the options no longer give the batches of `progress`."""
+        if (progress.samples, progress.data) != (len(index), index.fingerprint()):
+            raise UsageError(
+                f"the data differs from what {self.dir} was started with; use another dir"
+            )
+        size = self.config.global_batch_size or progress.global_batch_size
+        if (progress.seed, progress.global_batch_size) != (self.config.seed, size):
+            raise UsageError(
+                f"{self.dir} was started with seed {progress.seed} and global_batch_size "
+                f"{progress.global_batch_size}, which fix its batches; keep them or use another dir"
+            )
 
     def latest(self) -> tuple[Path, Progress] | None:
         """The newest checkpoint that can be resumed, or None for a fresh run."""

@@ -90,6 +90,25 @@ class World:
             raise outcome[1]
         return outcome[0]
 
+    def from_first_of_machine(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns (or raises) on each machine's first rank, on every rank there.
+
+        An error on one machine is raised on all.
+        """
+        if self.size == 1:
+            return work()
+        local_rank, outcome = int(os.environ["LOCAL_RANK"]), (None, None)
+        if local_rank == 0:
+            try:
+                outcome = (work(), None)
+            except Exception as error:  # noqa: BLE001 - raised again below, on every rank
+                outcome = (None, error)
+        outcomes = self.gather([outcome])
+        for _, error in outcomes:
+            if error is not None:
+                raise error
+        return outcomes[self.rank - local_rank][0]
+
 
 def _die_with_parent() -> None:
     """Linux: a killed launcher takes its workers along, instead of leaving them to train on."""

@@ -107,6 +107,9 @@ class Batch:
     vision: VisionPlan
     ids: tuple[str, ...]
     """Where each sample comes from, for messages."""
+    sources: Tensor | None = None
+    """(N,) int64: number of the source that each target is from, for the loss per source; None
+    where nobody asks for it."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         return _each(self, lambda x: x.to(device, non_blocking=non_blocking))

@@ -7,21 +7,19 @@ and processor. Donors and other tools write the keys `visual.*`, `model.layers.*
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterable
+from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from vlm.hf_config import read_config, read_json, read_text_config
+from vlm.hf_config import read_config, read_text_config
 from vlm.model import LanguageModel, VisionLanguageModel
+from vlm.shards import INDEX, SHARD_BYTES, SINGLE, Entry, plan_shards, write_checkpoint
+from vlm.tensor_file import CheckpointError, Stored, each_once, read_header
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 COMPANION_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -40,8 +38,8 @@ COMPANION_FILES = (
 """Files that travel with the weights from one checkpoint to the next."""
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged or does not fit its config."""
+FLOATS = ("BF16", "F16", "F32")
+"""What the weights of a model may be; others belong to quantised ones."""
 
 
 def canonical_name(key: str) -> str:
@@ -56,46 +54,41 @@ def canonical_name(key: str) -> str:
 class TensorReader:
     """The tensors of a checkpoint by our names, read one by one, on demand.
 
-    Raises CheckpointError: no weights, a missing or damaged file, an index that names tensors
-    which its files do not hold, or two keys that mean the same tensor.
+    All headers are read at once, and so a damaged download is found before any work.
+
+    Raises:
+        CheckpointError: no weights, a missing, truncated or damaged file, an index that names
+            tensors which its files do not hold or files outside the folder, or two keys that mean
+            the same tensor.
     """
 
     def __init__(self, model_dir: Path | str) -> None:
         self.dir = Path(model_dir)
-        self._handles = {}
-        self._where: dict[str, tuple[str, str]] = {}
-        index = self.dir / INDEX
-        if index.exists():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{index} has no weight_map")
+        self._where: dict[str, Stored] = {}
+        if (self.dir / INDEX).exists():
+            weight_map = read_index(self.dir / INDEX)
             for file in sorted(set(weight_map.values())):
-                held = set(self._open(file).keys())
-                named = {key for key, f in weight_map.items() if f == file}
-                for key in sorted(named - held):
-                    raise CheckpointError(f"{index} says that {file} holds {key}; it does not")
-                self._add(file, held)
+                held = read_header(self.dir / file)
+                for key in (key for key, f in weight_map.items() if f == file):
+                    if key not in held:
+                        raise CheckpointError(
+                            f"{self.dir / INDEX} says that {file} holds {key}; it does not"
+                        )
+                self._add(held)
         elif (self.dir / SINGLE).exists():
-            self._add(SINGLE, self._open(SINGLE).keys())
+            self._add(read_header(self.dir / SINGLE))
         else:
             raise CheckpointError(f"{self.dir} has neither {SINGLE} nor {INDEX}")
 
-    def _open(self, file: str):
-        path = self.dir / file
-        try:
-            self._handles[file] = safe_open(path, framework="pt")
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing; download the checkpoint again") from None
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); download it again") from None
-        return self._handles[file]
-
-    def _add(self, file: str, keys: Iterable[str]) -> None:
-        for key in keys:
+    def _add(self, held: dict[str, Stored]) -> None:
+        for key, stored in held.items():
             name = canonical_name(key)
             if name in self._where:
-                raise CheckpointError(f"{self.dir} holds {name} twice")
-            self._where[name] = (file, key)
+                raise CheckpointError(
+                    f"{self.dir} holds {name} twice ({self._where[name].path.name} and "
+                    f"{stored.path.name})"
+                )
+            self._where[name] = stored
 
     def discard(self, name: str) -> None:
         """Leave a tensor out, if it is there."""
@@ -104,17 +97,55 @@ class TensorReader:
     def names(self) -> list[str]:
         return sorted(self._where)
 
+    def files(self) -> list[Path]:
+        """The weight files that hold them."""
+        return sorted({stored.path for stored in self._where.values()})
+
     def shape(self, name: str) -> tuple[int, ...]:
-        file, key = self._where[name]
-        return tuple(self._handles[file].get_slice(key).get_shape())
+        return self._where[name].shape
+
+    def dtype(self, name: str) -> str:
+        """As safetensors name it, such as `BF16`."""
+        return self._where[name].dtype
+
+    def stored(self, name: str) -> Stored:
+        """Which bytes of which file a tensor is."""
+        return self._where[name]
 
     def get(self, name: str) -> Tensor:
-        file, key = self._where[name]
-        return self._handles[file].get_tensor(key)
+        """A tensor's values, in memory of their own."""
+        stored = self._where[name]
+        return stored.values().reshape(stored.shape)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows start to stop of a tensor of two or more dimensions, the others unread."""
+        stored = self._where[name]
+        width = prod(stored.shape[1:])
+        return stored.values(start * width, stop * width).reshape(stop - start, *stored.shape[1:])
+
+    def entry(self, name: str, dtype: str | None = None) -> Entry:
+        """A tensor to be copied, or converted, by the chunk."""
+        stored = self._where[name]
+        return Entry(name, dtype or stored.dtype, stored.shape, (stored,))
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The weight map of an index: tensor -> file beside it; CheckpointError where it is wrong."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=each_once)
+        weight_map = content["weight_map"]
+        outside = [file for file in weight_map.values() if Path(file).name != file]
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} has no sensible weight_map: {error!r:.150}") from None
+    if outside:
+        raise CheckpointError(f"{path} names {outside[0]}, which is no file beside it")
+    return weight_map
 
 
 def check_names(expected: dict[str, tuple[int, ...]], reader: TensorReader) -> None:
-    """Raise CheckpointError unless a checkpoint holds exactly the expected names and shapes."""
+    """Raise CheckpointError unless a checkpoint holds just these names and shapes, as floats."""
     held = set(reader.names())
     for what, names in (("lacks", set(expected) - held), ("also holds", held - set(expected))):
         if names:
@@ -125,6 +156,11 @@ def check_names(expected: dict[str, tuple[int, ...]], reader: TensorReader) -> N
             raise CheckpointError(
                 f"{reader.dir}: {name} has shape {list(reader.shape(name))}, "
                 f"its config.json asks for {list(shape)}"
+            )
+        if reader.dtype(name) not in FLOATS:
+            raise CheckpointError(
+                f"{reader.dir} holds {name} as {reader.dtype(name)}, as quantised models do; give "
+                f"the unquantised one ({', '.join(FLOATS)})"
             )
 
 
@@ -162,6 +198,7 @@ def _load(kind, config, tied: bool, model_dir, dtype, device):
         model = kind(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     check_names(expected, reader)
+    # each tensor's own memory becomes the parameter's: one model and one tensor at the most
     state = {name: reader.get(name).to(device, dtype) for name in expected}
     model.load_state_dict(state, assign=True)
     return model
@@ -169,67 +206,36 @@ def _load(kind, config, tied: bool, model_dir, dtype, device):
 
 def save_model(
     out_dir: Path | str,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[Entry | tuple[str, Tensor]],
     companions: Path | str,
     config: dict | None = None,
-    max_shard_bytes: int = 4_000_000_000,
+    max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a checkpoint beside its final name, then rename it: it is whole or absent.
 
     Args:
-        tensors: (name, tensor) in writing order; consumed one by one, one shard in memory.
+        tensors: in writing order: entries, or (name, tensor) of what is in memory.
         companions: the directory whose companion files (and, without `config`, whose
             `config.json`) go with the weights.
         config: the JSON object to write as `config.json`.
+
+    Raises:
+        CheckpointError, OSError: as `write_checkpoint`.
     """
-    out_dir, companions = Path(out_dir), Path(companions)
-    partial = out_dir.with_name(out_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _write_shards(partial, tensors, max_shard_bytes)
-    for file in COMPANION_FILES:
-        if (companions / file).exists():
-            shutil.copyfile(companions / file, partial / file)
-    if config is None:
-        shutil.copyfile(companions / "config.json", partial / "config.json")
-    else:
-        write_json(partial / "config.json", config)
-    old = out_dir.with_name(out_dir.name + ".old")
-    if out_dir.exists():
-        os.replace(out_dir, old)
-    os.replace(partial, out_dir)
-    shutil.rmtree(old, ignore_errors=True)
+    companions = Path(companions)
+    entries = [held if isinstance(held, Entry) else Entry.of(*held) for held in tensors]
+
+    def finish(folder: Path) -> None:
+        for file in COMPANION_FILES:
+            if (companions / file).exists():
+                shutil.copyfile(companions / file, folder / file)
+        if config is None:
+            shutil.copyfile(companions / "config.json", folder / "config.json")
+        else:
+            write_json(folder / "config.json", config)
+
+    write_checkpoint(Path(out_dir), plan_shards(entries, max_shard_bytes), finish)
 
 
 def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], limit: int) -> None:
-    shards: list[list[str]] = []
-    shard: dict[str, Tensor] = {}
-    size = total = 0
-
-    def flush() -> None:
-        save_file(shard, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(shard))
-        shard.clear()
-
-    for name, tensor in tensors:
-        nbytes = tensor.numel() * tensor.element_size()
-        if shard and size + nbytes > limit:
-            flush()
-            size = 0
-        shard[name] = tensor.detach().contiguous().cpu()
-        size += nbytes
-        total += nbytes
-    flush()
-    if len(shards) == 1:
-        os.replace(folder / "shard-0", folder / SINGLE)
-        return
-    weight_map = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        os.replace(folder / f"shard-{number}", folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -14,14 +14,14 @@ CHUNK_ROWS = 2048
 """Rows whose logits exist at once: 2048 x 151,936 float32 logits are 1.2 GiB."""
 
 
-def cross_entropy_sum(
+def cross_entropy(
     hidden: Tensor,
     head_weight: Tensor,
     targets: Tensor,
     weights: Tensor | None = None,
     chunk_rows: int = CHUNK_ROWS,
-) -> Tensor:
-    """Sum over targets of weight * -log softmax(hidden @ head_weight.T)[target].
+) -> tuple[Tensor, Tensor]:
+    """Sum over targets of weight * -log softmax(hidden @ head_weight.T)[target], and its terms.
 
     Never holds more than `chunk_rows` rows of logits: both gradients are computed in the
     forward pass, chunk by chunk, as in Liger-Kernel (arXiv:2410.10989).
@@ -31,9 +31,21 @@ def cross_entropy_sum(
         targets: (N,) int64; weights: (N,) float32 or None for ones.
 
     Returns:
-        () float32. With N = 0 a zero that still has a graph.
+        () float32: the sum. With N = 0 a zero that still has a graph.
+        (N,) float32: its terms, without a graph; they are for the log.
     """
     return _ChunkedCrossEntropy.apply(hidden, head_weight, targets, weights, chunk_rows)
+
+
+def cross_entropy_sum(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    chunk_rows: int = CHUNK_ROWS,
+) -> Tensor:
+    """The sum alone."""
+    return cross_entropy(hidden, head_weight, targets, weights, chunk_rows)[0]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -41,6 +53,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, head_weight, targets, weights, chunk_rows):
         needs_hidden, needs_head = ctx.needs_input_grad[:2]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        terms = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_head = torch.zeros_like(head_weight) if needs_head else None
         for start in range(0, len(targets), chunk_rows):
@@ -50,7 +63,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             log_sums = logits.logsumexp(-1, keepdim=True)
             losses = log_sums - logits.gather(1, target)
             scale = torch.ones_like(losses) if weights is None else weights[rows, None]
-            total += (losses * scale).sum()
+            weighed = losses * scale
+            total += weighed.sum()
+            terms[rows] = weighed[:, 0]
             if not (needs_hidden or needs_head):
                 continue
             grad = logits.sub_(log_sums).exp_()  # softmax, in the logits' memory
@@ -61,9 +76,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if needs_head:
                 grad_head.addmm_(grad.T, hidden[rows])
         ctx.save_for_backward(grad_hidden, grad_head)
-        return total
+        ctx.mark_non_differentiable(terms)
+        return total, terms
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_output, _grad_terms):
         grads = (None if g is None else g * grad_output for g in ctx.saved_tensors)
         return *grads, None, None, None

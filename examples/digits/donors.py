@@ -31,7 +31,8 @@ from examples.digits.vocabulary import extend_tokenizer, train_tokenizer
 from vlm.batch import Segments, VisionPlan
 from vlm.config import VisionConfig
 from vlm.data.chat import render as render_chat
-from vlm.data.formats.messages import parse_row
+from vlm.data.formats import parse_row
+from vlm.data.formats.context import RowContext
 from vlm.data.image import patchify
 from vlm.hf_config import parse_config, parse_text_config
 from vlm.loss import cross_entropy_sum
@@ -169,7 +170,7 @@ def text_batch(
     ids, learnt, lengths = [], [], []
     for sample in samples:
         start = len(ids)
-        for span in render_chat(parse_row(sample, "donor", Path())):
+        for span in render_chat(parse_row(sample, "donor", RowContext(None))):
             pieces = encode(span.text)
             ids += pieces
             learnt += [span.weight > 0] * len(pieces)

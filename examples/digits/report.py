@@ -62,6 +62,7 @@ def table(values: dict) -> str:
             f"language donor by {values['text_proof_max_abs_delta']:g} (our decoder, plain rope) "
             f"and {values['text_proof_vs_transformers']:.1e} of the largest logit (transformers).",
             "",
+            *([variants_table(values["variants"]), ""] if values["variants"] else []),
             served_line(values["served"], values["parity"]),
             "",
             benchmark_line(values["benchmark"]),
@@ -69,6 +70,17 @@ def table(values: dict) -> str:
             f"Seconds: {seconds}.",
         ]
     )
+
+
+def variants_table(variants: dict[str, dict]) -> str:
+    """What the literal variant costs, beside the exact one."""
+    header = "| | exact match, graft | stage 1 | stage 2 | text loss, graft | stage 1 | stage 2 |"
+    lines = [header + " top-1 agreement with the donor on text |", "|" + "---|" * 8]
+    for variant, figures in variants.items():
+        match = " | ".join(f"{figures[stage]['exact_match']:.1f} %" for stage in STAGES)
+        text = " | ".join(f"{figures[stage]['text_loss']:.4f}" for stage in STAGES)
+        lines.append(f"| {variant} | {match} | {text} | {figures['top1_agreement']:.1f} % |")
+    return "\n".join(lines)
 
 
 def benchmark_line(figures: dict[str, dict]) -> str:

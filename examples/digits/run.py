@@ -1,38 +1,39 @@
 """The recipe in miniature, from two donors to a scored model: `make demo`.
 
-python -m examples.digits.run [--out runs/digits] [--fresh]
+python -m examples.digits.run [--out runs/digits] [--fresh] [--variant literal]
 
 Every phase is the real command of the 8B recipe. Donors and data are kept and used again; the
-phases after them run anew, and their old results are removed first.
+phases after them run anew, and their old results are removed first. With `--variant literal` the
+recipe's own surgery, which drops QK-norm, is run beside the exact one, with the same donors, data
+and stages, and the report says what it costs.
 """
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 from examples.digits.donors import train_side_by_side
 from examples.digits.make_data import make_data
+from examples.digits.processes import ROOT, run
+from examples.digits.recipe import Recipe
 from examples.digits.report import write_report
-from examples.digits.score import chance, language_model_loss, read_rows
+from examples.digits.score import chance, language_model_loss, read_rows, top1_agreement
 
-ROOT = Path(__file__).resolve().parents[2]
-RANKS = 2
 BENCHMARK_ROWS = 200
 
 
 class Demo:
     """The phases, the folder that holds them, and how long each took."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, out: Path, with_literal: bool = False) -> None:
+        self.out, self.with_literal = out, with_literal
         self.seconds: dict[str, float] = {}
-        self.data, self.donors, self.graft = out / "data", out / "donors", out / "graft"
+        self.data, self.donors = out / "data", out / "donors"
+        self.exact = Recipe(out, self.data, self.donors)
+        self.literal = Recipe(out / "literal", self.data, self.donors, "literal")
         self.exports, self.results = out / "exports", out / "results"
 
     @contextmanager
@@ -45,7 +46,7 @@ class Demo:
 
     def make(self) -> dict:
         """Run all phases; returns the report."""
-        for old in ("graft", "stage1", "stage2", "exports", "results"):
+        for old in ("graft", "stage1", "stage2", "exports", "results", "literal"):
             shutil.rmtree(self.out / old, ignore_errors=True)
         if not self.data.exists():
             with self.phase("data", "boards of handwritten digits, and questions about them"):
@@ -53,21 +54,21 @@ class Demo:
         with self.phase("donors", "a tower that knows digits, a language model that knows text"):
             train_side_by_side(self.donors)
         with self.phase("graft", "join them with a fresh merger"):
-            donors = ("--vision", self.donors / "vision", "--llm", self.donors / "llm")
-            run("-m", "vlm.graft", "build", *donors, "--out", self.graft)
+            graft = self.exact.graft()
         with self.phase("verify", "on text the hybrid equals its language donor"):
             proof = self.out / "proof.json"
             llm = ("--llm", self.donors / "llm", "--json", proof)
-            run("-m", "vlm.graft", "verify", "--model", self.graft, *llm)
+            run("-m", "vlm.graft", "verify", "--model", graft, *llm)
         with self.phase("stage1", "the merger alone"):
-            stage1 = self.train("stage1", self.graft)
+            stage1 = self.exact.train("stage1", graft)
         with self.phase("stage2", "everything"):
-            stage2 = self.train("stage2", stage1)
-        models = {"graft": self.graft, "stage1": stage1, "stage2": stage2}
+            stage2 = self.exact.train("stage2", stage1)
+        models = {"graft": graft, "stage1": stage1, "stage2": stage2}
         with self.phase("chat", "ask the trained model about an unseen board"):
             self.chat(stage2)
         with self.phase("score", "every checkpoint answers the held-out questions"):
-            scores = self.score(models)
+            scores = self.exact.score(models)
+        literal = self.run_literal() if self.with_literal else {}
         with self.phase("export", "directories that transformers and vLLM load"):
             for name, model in models.items():
                 run("serve/export.py", model, "--out", self.exports / name)
@@ -79,19 +80,15 @@ class Demo:
             run("-m", "examples.digits.serve", *pair, *files)
         with self.phase("eval", "every checkpoint through vLLM and EvalScope"):
             self.evaluate(models)
-        return self.report(json.loads(proof.read_text()), scores)
+        return self.report(json.loads(proof.read_text()), scores, literal)
 
-    def train(self, stage: str, model: Path) -> Path:
-        """A stage through train/sft.py on two ranks; returns the model that it leaves."""
-        run(
-            *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)),
-            *("train/sft.py", "--config", f"configs/demo/{stage}.yaml"),
-            *("--model", model, "--dataset", self.data / f"{stage}.jsonl"),
-            *("--output_dir", self.out / stage),
-            threads=1,
-        )
-        latest = (self.out / stage / "latest").read_text().strip()
-        return self.out / stage / latest / "model"
+    def run_literal(self) -> dict[str, dict]:
+        """Graft, stages and scores of the literal variant; returns the scores."""
+        with self.phase("literal", "the recipe's own surgery, and the same two stages"):
+            graft = self.literal.graft()
+            stage1 = self.literal.train("stage1", graft)
+            stage2 = self.literal.train("stage2", stage1)
+            return self.literal.score({"graft": graft, "stage1": stage1, "stage2": stage2})
 
     def chat(self, model: Path) -> None:
         row = read_rows(self.data / "held_out.jsonl")[0]
@@ -99,25 +96,6 @@ class Demo:
         images = [part for f in row["images"] for part in ("--image", self.data / f)]
         print(f"{row['images']} {question.strip()} (truth: {row['messages'][1]['content']})")
         run("serve/chat.py", model, *images, "--prompt", question)
-
-    def score(self, models: dict[str, Path]) -> dict[str, dict]:
-        """Two checkpoints at a time, one thread each."""
-        files = {name: self.out / f"score_{name}.json" for name in models}
-        waiting = list(models)
-        while waiting:
-            pair, waiting = waiting[:RANKS], waiting[RANKS:]
-            children = [
-                start(
-                    *("-m", "examples.digits.score", "--model", models[name]),
-                    *("--data", self.data, "--out", files[name]),
-                    threads=1,
-                )
-                for name in pair
-            ]
-            for name, child in zip(pair, children, strict=True):
-                if child.wait():
-                    raise SystemExit(f"scoring {name} failed (see above)")
-        return {name: json.loads(file.read_text()) for name, file in files.items()}
 
     def evaluate(self, models: dict[str, Path]) -> None:
         """The first held-out questions as a benchmark; a table, and stage 1 against stage 2."""
@@ -133,7 +111,19 @@ class Demo:
         stages = [self.results / name / "digits" for name in ("stage1", "stage2")]
         run("eval/compare.py", *stages, "--out", self.out / "comparison")
 
-    def report(self, proof: dict, scores: dict[str, dict]) -> dict:
+    def compare(self, scores: dict[str, dict], literal: dict[str, dict]) -> dict[str, dict]:
+        """Both variants' figures after each step, and how often each graft's most likely next
+        token of a text is the language donor's."""
+        kept = ("exact_match", "loss", "text_loss")
+        text = read_rows(self.data / "held_out_text.jsonl")
+        compared = {}
+        for recipe, found in ((self.exact, scores), (self.literal, literal)):
+            figures = {name: {key: score[key] for key in kept} for name, score in found.items()}
+            agreement = top1_agreement(recipe.graft_dir, self.donors / "llm", text)
+            compared[recipe.variant] = figures | {"top1_agreement": agreement}
+        return compared
+
+    def report(self, proof: dict, scores: dict[str, dict], literal: dict[str, dict]) -> dict:
         rows = read_rows(self.data / "held_out.jsonl")
         text_rows = read_rows(self.data / "held_out_text.jsonl")
         llm_loss = language_model_loss(self.donors / "llm", text_rows)
@@ -156,6 +146,7 @@ class Demo:
             "parity": json.loads((self.out / "parity.json").read_text()),
             "served": json.loads((self.out / "served.json").read_text()),
             "benchmark": benchmark_scores(self.results, scores, rows),
+            "variants": self.compare(scores, literal) if literal else {},
             "seconds": self.seconds,
         }
         answers = {name: score["answers"] for name, score in scores.items()}
@@ -201,37 +192,23 @@ def trained_parameters(run_dir: Path) -> int:
     return total
 
 
-def start(*arguments: object, threads: int = RANKS) -> subprocess.Popen:
-    """A Python process of the project, in its root."""
-    command = [sys.executable, *map(str, arguments)]
-    print("$ python " + " ".join(map(_shown, command[1:])), flush=True)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    environment["PYTHONWARNINGS"] = "ignore"
-    return subprocess.Popen(command, cwd=ROOT, env=environment)
-
-
-def run(*arguments: object, threads: int = RANKS) -> None:
-    """The same, waited for; its failure ends the demo."""
-    code = start(*arguments, threads=threads).wait()
-    if code:
-        raise SystemExit(f"the command above ended with code {code}; the demo stops here")
-
-
-def _shown(argument: str) -> str:
-    return repr(argument) if " " in argument or "\n" in argument else argument
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "digits")
     parser.add_argument("--fresh", action="store_true", help="also make donors and data anew")
+    parser.add_argument(
+        "--variant",
+        choices=("exact", "literal"),
+        default="exact",
+        help="literal: run the literal recipe beside the exact one and compare them",
+    )
     options = parser.parse_args()
     out = options.out.resolve()
     if options.fresh:
         shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    Demo(out).make()
+    Demo(out, with_literal=options.variant == "literal").make()
     print(f"\nall of it took {time.monotonic() - began:.0f} s; the report is {out}/report.md")
 
 

@@ -12,17 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from examples.digits.donors import text_batch
 from vlm.checkpoint import load_language_model, load_model
 from vlm.data.collate import collate
-from vlm.data.formats.messages import parse_row
+from vlm.data.formats import parse_row
+from vlm.data.formats.context import RowContext
 from vlm.data.processor import Processor
 from vlm.data.schema import Message, Sample
 from vlm.generate import generate
 from vlm.loss import cross_entropy_sum
-from vlm.model import VisionLanguageModel
+from vlm.model import VisionLanguageModel, packed_attention
 
 BATCH = 100
 MAX_NEW_TOKENS = 16
@@ -34,7 +36,10 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def as_samples(rows: Sequence[dict], path: Path) -> list[Sample]:
-    return [parse_row(row, f"{path}:{n}", path.parent) for n, row in enumerate(rows, start=1)]
+    return [
+        parse_row(row, f"{path}:{n}", RowContext(path.parent))
+        for n, row in enumerate(rows, start=1)
+    ]
 
 
 def answer_all(
@@ -81,6 +86,23 @@ def language_model_loss(model_dir: Path, rows: Sequence[dict]) -> float:
     )
     hidden = model(ids, segments, targets_at)
     return cross_entropy_sum(hidden, model.head_weight, targets).item() / len(targets)
+
+
+@torch.inference_mode()
+def top1_agreement(model_dir: Path, llm_dir: Path, rows: Sequence[dict]) -> float:
+    """Percent of the places of all texts where a hybrid's most likely next token is its donor's."""
+    hybrid, donor = load_model(model_dir), load_language_model(llm_dir)
+    tokenizer = Tokenizer.from_file(str(llm_dir / "tokenizer.json"))
+    ids, segments, _, _ = text_batch(
+        rows, lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    )
+    places = torch.arange(len(ids))
+    positions = torch.cat([torch.arange(length) for length in segments.lengths]).expand(3, -1)
+    decoder = hybrid.language_model
+    hidden = decoder(decoder.embed_tokens(ids), positions, packed_attention(segments))
+    ours = F.linear(decoder.norm(hidden), hybrid.head_weight).argmax(-1)
+    theirs = F.linear(donor(ids, segments, places), donor.head_weight).argmax(-1)
+    return 100 * (ours == theirs).float().mean().item()
 
 
 def chance(rows: Sequence[dict]) -> float:

@@ -18,7 +18,8 @@ from serve.endpoint import Endpoint
 from serve.launch import running_server
 from serve.local import Local
 from serve.serve_config import ServeConfig
-from vlm.data.formats.messages import parse_line
+from vlm.data.formats import parse_line
+from vlm.data.formats.context import RowContext
 from vlm.data.schema import Sample
 
 QUESTIONS = 10
@@ -29,7 +30,10 @@ def held_out(data: Path) -> tuple[list[Sample], list[str]]:
     """The first held-out questions, and their true answers."""
     file = data / "held_out.jsonl"
     lines = file.read_bytes().splitlines()[:QUESTIONS]
-    pairs = [split_label(parse_line(line, f"{n}", data)) for n, line in enumerate(lines, start=1)]
+    pairs = [
+        split_label(parse_line(line, f"{n}", RowContext(data)))
+        for n, line in enumerate(lines, start=1)
+    ]
     return [sample for sample, _ in pairs], [truth for _, truth in pairs]
 
 

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import re
+import zlib
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from tests.data.samples import (
     GOLDEN,
     assistant,
     damage,
+    index_of,
     processor,
     row,
     sample,
@@ -18,8 +21,11 @@ from tests.data.samples import (
     write_image,
     write_jsonl,
 )
-from vlm.data.index import DataError, build_index
+from vlm.data.loader import StepDataset, make_plan
+from vlm.data.pack import Budget
+from vlm.data.plan import Position
 from vlm.data.schema import BadSample
+from vlm.data.sources import DataError
 
 PICTURE = "<image>what?"
 
@@ -42,7 +48,7 @@ BAD = [
     (messages({"role": None, "content": "a"}), "message 0 has no role"),
     (messages({"role": "", "content": "a"}), "message 0 has role ''"),
     (messages(user("a"), {"role": "bot", "content": "b"}), "message 1 has role 'bot'"),
-    (messages(user("a"), {"role": "tool_call", "content": "{}"}), "role 'tool_call'"),
+    (messages(user("a"), {"role": "tool_call", "content": "{}"}), "tool call without a name"),
     (messages(user("a"), {"role": "system", "content": "b"}), "only the first may"),
     (messages({"role": "user"}, assistant("b")), "content None, not text"),
     (messages(user(float("nan")), assistant("b")), "content nan, not text"),
@@ -69,7 +75,7 @@ BAD = [
     (row(PICTURE, images=[None]), "an image is given as None"),
     (row(PICTURE, images=[""]), "an image is given as ''"),
     (row(PICTURE, images=[5]), "an image is given as 5"),
-    (row(PICTURE, images=[{"url": "x"}]), "an image is given as None"),
+    (row(PICTURE, images=[{"uri": "x"}]), "an image is given as None"),
     (row(PICTURE, images=["http://x.example/a.png"]), "images are not fetched"),
     (row(PICTURE, images=["data:image/png;base64,!!"]), "base64 is damaged"),
     (row(PICTURE, images=[{"bytes": "AAAA"}]), "an image of 3 bytes is not an image"),
@@ -88,8 +94,8 @@ BAD = [
     (row("<video>"), "1 <video> tags but 0 videos"),
     (row("<video>") | {"videos": "a.mp4"}, "videos is not a list"),
     (row(audios=["a.wav"]), "audios are not supported"),
-    (row(tools="[]"), "tools are not supported"),
-    (row(objects={"bbox": [[1, 2, 3, 4]]}), "objects are not supported"),
+    (row(tools="[3]"), "tool 0 is 3"),
+    (row(objects={"bbox": [[1, 2, 3, 4]]}), "0 <bbox> tags but 1 boxes"),
     (b"[" * 100_000, "JSON"),
     (b'{"messages": ' + b"1" * 5000 + b"}", "JSON"),
     (row("\ud800"), "surrogate"),
@@ -108,7 +114,7 @@ BAD = [
     (row("<|vision_pad|>"), "vision_pad"),
     (
         messages(user("a"), assistant("", tool_calls=[{"function": {"name": "f"}}])),
-        "tool_calls",
+        "calls f with arguments None",
     ),
 ]
 
@@ -127,7 +133,7 @@ def test_a_bad_line_is_named_and_its_neighbours_stay(folder, line, reason):
     good = row(PICTURE, images=["ok.png"])
     file = write_jsonl(folder / "data.jsonl", [good, line, good])
     ours = processor(max_length=80)
-    index, bad = build_index([file], ours, lambda sizes: 1.0)
+    index, bad = index_of([file], ours)
     assert [entry.id for entry in bad] == [f"{file}:2"]
     with pytest.raises(BadSample, match=reason):
         raise BadSample(bad[0].id, bad[0].reason)
@@ -139,10 +145,74 @@ def test_a_file_damaged_behind_its_header_is_found_at_decoding(folder):
     write_image(folder / "cut.jpg", 64, 64)
     file = write_jsonl(folder / "data.jsonl", [row(PICTURE, images=[damage(folder / "cut.jpg")])])
     ours = processor()
-    index, bad = build_index([file], ours, lambda sizes: 1.0)
+    index, bad = index_of([file], ours)
     assert not bad
     with pytest.raises(BadSample, match=r"data\.jsonl:1: .*cut\.jpg is damaged"):
         ours.encode(index.sample(0))
+
+
+def put_media(folder):
+    """Damaged media of every kind; `huge.png` and `lying.jpg` claim too many, or other, pixels."""
+    write_image(folder / "cut.jpg", 64, 64)
+    damage(folder / "cut.jpg")
+    write_image(folder / "cut.png", 64, 64)
+    damage(folder / "cut.png")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "random.jpg").write_bytes(bytes(range(256)) * 4)
+    (folder / "random.mp4").write_bytes(bytes(range(256)) * 4)
+    (folder / "empty.mp4").write_bytes(b"")
+    content = bytearray((folder / "ok.png").read_bytes())
+    content[16:24] = (20_000).to_bytes(4, "big") * 2  # IHDR: width and height
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    (folder / "huge.png").write_bytes(content)
+
+
+NAMED = {
+    "missing image": (row(PICTURE, images=["absent.png"]), "absent.png does not exist"),
+    "corrupt image": (row(PICTURE, images=["random.jpg"]), "random.jpg is not an image"),
+    "truncated image": (row(PICTURE, images=["cut.jpg"]), "cut.jpg is damaged"),
+    "truncated image, PNG": (row(PICTURE, images=["cut.png"]), "cut.png is damaged"),
+    "zero-byte image": (row(PICTURE, images=["empty.png"]), "empty.png is not an image"),
+    "huge image": (row(PICTURE, images=["huge.png"]), "20000 x 20000 pixels, too many"),
+    "missing video": (row("<video>", videos=["absent.mp4"]), "absent.mp4 does not exist"),
+    "corrupt video": (row("<video>", videos=["random.mp4"]), "random.mp4"),
+    "zero-byte video": (row("<video>", videos=["empty.mp4"]), "empty.mp4"),
+    "count mismatch": (row(PICTURE), "1 <image> tags but 0 images"),
+    "empty role": (messages({"role": "", "content": "a"}), "message 0 has role ''"),
+    "unknown role": (messages({"role": "bot", "content": "b"}), "message 0 has role 'bot'"),
+    "nothing to learn": (messages(user("a"), assistant("b", loss=False)), "nothing to learn"),
+    "too long": (row("word " * 99), "more than max_length 80"),
+    "vision tokens in text": (row("<|image_pad|>"), r"has <\|image_pad\|> in its text"),
+    "NaN field": (messages(user(float("nan")), assistant("b")), "content nan, not text"),
+    "None field": (messages(user(None), assistant("b")), "content None, not text"),
+    "None media": (row(PICTURE, images=[None]), "an image is given as None"),
+    "invalid JSON line": (b'{"messages": [', "not a line of JSON"),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_named_kind_is_recorded_with_its_place_and_skipped_alike_on_every_rank(folder, name):
+    put_media(folder)
+    line, reason = NAMED[name]
+    good = row(PICTURE, images=["ok.png"])
+    file = write_jsonl(folder / "data.jsonl", [good, line, good])
+    ours, found = processor(max_length=80), []
+    for _ in range(2):
+        index, bad = index_of([file], ours)
+        costs = index.length.astype(float)
+        ranks = [
+            StepDataset(index, ours, make_plan(index, costs, 3, 0, 2, Budget(tokens=80)), rank)
+            for rank in range(2)
+        ]
+        steps = [dataset[Position(0, 0)] for dataset in ranks]
+        entries = bad + [entry for step in steps for entry in step.bad]
+        (entry,) = entries
+        assert entry.id == f"{file}:2" and re.search(reason, entry.reason)
+        ids = sorted(name for step in steps for name in step.ids)
+        assert ids == [f"{file}:1", f"{file}:3"]
+        assert len({len(step.micro_batches) for step in steps}) == 1
+        found.append((entry, [step.ids for step in steps]))
+    assert found[0] == found[1]
 
 
 def test_every_way_to_give_an_image_gives_the_same(folder):
@@ -164,7 +234,7 @@ def test_every_way_to_give_an_image_gives_the_same(folder):
         rows.append(messages(user([part, {"type": "text", "text": "what?"}]), assistant("ok")))
     file = write_jsonl(folder / "data.jsonl", rows)
     ours = processor()
-    index, bad = build_index([file], ours, lambda sizes: 1.0)
+    index, bad = index_of([file], ours)
     assert not bad
     first, *others = (ours.encode(index.sample(number)) for number in range(len(index)))
     for other in others:
@@ -176,7 +246,7 @@ def test_blank_lines_and_unknown_columns_do_no_harm(tmp_path):
     rows = [row("a"), b"", b"  ", row("b", source="web", videos=[]) | {"images": None}, b"\r"]
     file = write_jsonl(tmp_path / "data.jsonl", rows)
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())  # a byte order mark
-    index, bad = build_index([file], processor(), lambda sizes: 1.0)
+    index, bad = index_of([file], processor())
     assert not bad
     assert index.line.tolist() == [1, 4]
     assert [index.sample(number).messages[0].content for number in (0, 1)] == ["a", "b"]
@@ -193,7 +263,7 @@ def test_files_that_are_no_data_are_refused(tmp_path):
         (broken, r"no sample to learn from.*broken\.jsonl:1: not a line of JSON"),
     ]:
         with pytest.raises(DataError, match=reason):
-            build_index([path], processor(), lambda sizes: 1.0)
+            index_of([path], processor())
 
 
 @pytest.mark.parametrize("options", [{"truncation": "delte"}, {"min_pixels": 2_000_000}])

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from vlm.data.collate import collate
-from vlm.data.formats.messages import parse_row
+from vlm.data.formats import parse_row
+from vlm.data.formats.context import RowContext
 from vlm.data.limits import Limits
 from vlm.data.processor import Processor
 from vlm.data.schema import BadSample
@@ -23,8 +24,6 @@ CASES = {case["name"]: case for case in json.loads((GOLDEN / "cases.json").read_
 BATCHES = {b["name"]: b for b in json.loads((GOLDEN / "batches.json").read_text())["batches"]}
 ARRAYS = np.load(GOLDEN / "arrays.npz")
 
-LATER = {"tool_roundtrip": "tools are not supported", "grounding_bbox": "objects are not supported"}
-"""Formats of a later day: refused by name, never encoded wrongly."""
 LAST_ROUND = "loss_last_round"
 """The peer's command-line switch; ours is `loss` on each message."""
 REFUSED = {
@@ -41,7 +40,7 @@ REFUSED = {
 """Bad samples with a reason; the last four the peer refuses too."""
 OTHER_PIXELS = ("mode_exif6_jpg", "mode_rgba_png")
 """Seen as the server sees them: upright, and on white."""
-EQUAL = sorted(set(CASES) - set(LATER) - set(REFUSED) - set(OTHER_PIXELS) - {LAST_ROUND})
+EQUAL = sorted(set(CASES) - set(REFUSED) - set(OTHER_PIXELS) - {LAST_ROUND})
 
 
 def sample_of(name, row):
@@ -50,7 +49,7 @@ def sample_of(name, row):
         path = text.split("@datauri:")[1].split('"')[0]
         data = base64.b64encode((GOLDEN / path).read_bytes()).decode()
         text = text.replace(f"@datauri:{path}", f"data:image/png;base64,{data}")
-    return parse_row(json.loads(text), name, GOLDEN)
+    return parse_row(json.loads(text), name, RowContext(GOLDEN))
 
 
 def processor(**options):
@@ -106,14 +105,14 @@ def test_equal_to_the_peer(name):
         check_pixels(name, example, case["pixel_values"])
 
 
-@pytest.mark.parametrize("name", sorted(LATER | REFUSED))
+@pytest.mark.parametrize("name", sorted(REFUSED))
 def test_refused_with_a_reason(name):
-    with pytest.raises(BadSample, match=(LATER | REFUSED)[name]):
+    with pytest.raises(BadSample, match=REFUSED[name]):
         encode(CASES[name])
 
 
 def test_open_cases_are_all_accounted_for():
-    named = {*EQUAL, *LATER, *REFUSED, *OTHER_PIXELS, LAST_ROUND}
+    named = {*EQUAL, *REFUSED, *OTHER_PIXELS, LAST_ROUND}
     assert named == set(CASES)
 
 
@@ -132,6 +131,21 @@ def test_loss_false_on_the_last_turn_trains_nothing_of_it():
     example = processor().encode(sample_of("last", row))
     learnt = [label for label in labels_of(example) if label != -100]
     assert processor().tokenizer.decode(learnt, skip_special_tokens=False) == "a1<|im_end|>\n"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_truncation_cuts_text_and_never_an_image(side):
+    """The peer keeps the placeholders, but cuts the tokens that open and close them."""
+    case = CASES["img_tag_middle"]
+    whole = encode(case).input_ids.tolist()
+    media = (4009, 4010, 4012)
+    text = [i for i, index in enumerate(whole) if index not in media]
+    cut = set(text[:20] if side == "left" else text[-3:])
+    row = json.loads(json.dumps(case["row"]))
+    limits = {"max_length": len(whole) - len(cut), "truncation_strategy": side}
+    short = processor(**limits).encode(sample_of("cut", row))
+    assert short.input_ids.tolist() == [x for i, x in enumerate(whole) if i not in cut]
+    assert short.grid_thw == encode(case).grid_thw
 
 
 @pytest.mark.parametrize("name", OTHER_PIXELS)

@@ -1,17 +1,18 @@
 """Steps come in the plan's order from any position on, and a bad sample leaves a clean gap."""
 
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.data.samples import damage, processor, row, write_image, write_jsonl
-from vlm.data import index as indexing
+from tests.data.samples import damage, index_of, processor, row, write_image, write_jsonl
 from vlm.data.collate import collate
-from vlm.data.index import build_index
 from vlm.data.ledger import Entry, Ledger, TooManyBadSamples
-from vlm.data.loader import StepDataset, make_loader
-from vlm.data.plan import Position, batches_per_epoch, global_batch
+from vlm.data.loader import Step, StepDataset, make_plan, open_loader
+from vlm.data.pack import Budget
+from vlm.data.plan import Position
 
 SAMPLES = 23
 BATCH = 6
@@ -38,11 +39,19 @@ def folder(tmp_path_factory):
     return folder
 
 
-def make_dataset(folder, rank=0, world=1, per_device=2, **options) -> StepDataset:
+def make_dataset(folder, rank=0, world=1, budget=None, **options) -> StepDataset:
     ours = processor(**options)
-    index, bad = build_index([folder / "data.jsonl"], ours, lambda sizes: float(sizes.length))
+    index, bad = index_of([folder / "data.jsonl"], ours)
     assert not bad
-    return StepDataset(index, ours, BATCH, per_device, seed=5, rank=rank, world=world)
+    budget = budget or Budget(tokens=130, patches=300)
+    return StepDataset(
+        index, ours, make_plan(index, index.length.astype(float), BATCH, 5, world, budget), rank
+    )
+
+
+def taken(dataset, start=BEGIN, count=9, workers=0, timeout=600) -> list[Step]:
+    with open_loader(dataset, start, workers, timeout=timeout) as loader:
+        return list(islice(loader, count))
 
 
 def tensors(value, name=""):
@@ -61,7 +70,7 @@ def tensors(value, name=""):
 
 
 def steps(dataset, start=BEGIN, count=9, workers=0):
-    return [tensors(step) for step in islice(make_loader(dataset, start, workers), count)]
+    return [tensors(step) for step in taken(dataset, start, count, workers)]
 
 
 @pytest.fixture(scope="module")
@@ -69,26 +78,30 @@ def uninterrupted(folder):
     return steps(make_dataset(folder))
 
 
-def test_steps_follow_the_plan(folder):
-    dataset = make_dataset(folder)
-    size = batches_per_epoch(SAMPLES, BATCH)
-    for number, step in enumerate(islice(make_loader(dataset, Position(0, 0), 0), 2 * size)):
+@pytest.mark.parametrize("mode", ["packed", "samples"])
+def test_steps_follow_the_plan(folder, mode):
+    dataset = make_dataset(folder, budget=Budget(mode, 2, 130, 300))
+    size = dataset.plan.steps_per_epoch
+    assert size == 4
+    for number, step in enumerate(taken(dataset, count=2 * size)):
         assert step.position == Position(*divmod(number, size))
-        expected = global_batch(SAMPLES, BATCH, 5, step.position)
+        expected = dataset.plan.samples(step.position)
         lines = {f"{folder}/data.jsonl:{dataset.index.line[n]}" for n in expected}
         assert {id for batch in step.micro_batches for id in batch.ids} == lines
         assert not step.bad
+        assert len(step.micro_batches) > 1
+        for batch in step.micro_batches:
+            if mode == "packed":
+                assert len(batch.input_ids) <= 130 and len(batch.patches) <= 300
+            else:
+                assert len(batch.ids) <= 2
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("done", [1, 3, 4, 7])
-def test_resuming_anywhere_equals_the_uninterrupted_run(folder, uninterrupted, done):
-    start = Position(*divmod(done, batches_per_epoch(SAMPLES, BATCH)))
-    assert steps(make_dataset(folder), start, 9 - done) == uninterrupted[done:]
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_the_number_of_workers_changes_nothing(folder, uninterrupted, workers):
-    assert steps(make_dataset(folder), workers=workers) == uninterrupted
+def test_resuming_anywhere_equals_the_uninterrupted_run(folder, uninterrupted, done, workers):
+    start = Position(*divmod(done, 4))
+    assert steps(make_dataset(folder), start, 9 - done, workers) == uninterrupted[done:]
 
 
 def test_ranks_share_each_global_batch_whatever_the_world(folder):
@@ -122,8 +135,7 @@ def test_a_sample_bad_at_decoding_leaves_the_others_as_they_were(tmp_path):
     broken = make_dataset(tmp_path)
     id, found = f"{tmp_path}/data.jsonl:23", []
     for workers in (0, 2):
-        loader = make_loader(broken, Position(0, 0), workers)
-        after = list(islice(loader, 4))
+        after = taken(broken, count=4, workers=workers)
         bad = [entry for step in after for entry in step.bad]
         assert [entry.id for entry in bad] == [id]
         assert "22-0.jpg is damaged" in bad[0].reason and bad[0].found == "decoding"
@@ -148,18 +160,53 @@ def test_a_micro_batch_whose_every_sample_is_bad_has_no_target(tmp_path):
 
 
 def test_the_costliest_micro_batch_is_the_largest_samples_together(folder):
-    dataset = make_dataset(folder)
+    dataset = make_dataset(folder, budget=Budget("samples", 2))
     largest = sorted(dataset.index.length.tolist())[-2:]
     assert sorted(dataset.costliest().segments.lengths) == largest
 
 
-def test_indexing_with_several_processes_gives_the_same(tmp_path):
-    rows = [row(f"number {n}") if n % 7 else b"{" for n in range(600)]
-    file = write_jsonl(tmp_path / "data.jsonl", rows)
-    alone, several = (build_index([file], processor(), lambda s: s.length, w) for w in (1, 3))
-    assert alone[1] == several[1] and len(alone[1]) == 86
-    for name in ("file", "offset", "line", "length", "targets", "patches", "cost"):
-        assert (getattr(alone[0], name) == getattr(several[0], name)).all()
+def test_a_sample_that_has_changed_since_it_was_indexed_is_bad(tmp_path):
+    """A larger image than the index saw would break the budget; a longer text likewise."""
+    write_data(tmp_path)
+    dataset = make_dataset(tmp_path)
+    write_image(tmp_path / "1-0.jpg", 280, 280)
+    (step,) = taken(replace(dataset, plan=replace(dataset.plan, global_batch_size=23)), count=1)
+    (bad,) = step.bad
+    assert bad.id == f"{tmp_path}/data.jsonl:2"
+    assert "and 400 patches, but had" in bad.reason and "changed since" in bad.reason
+
+
+def test_each_target_knows_its_source(tmp_path):
+    for name, answers in (("a", 5), ("b", 3)):
+        write_jsonl(
+            tmp_path / f"{name}.jsonl", [row("hi", f"{name} " * (n + 1)) for n in range(answers)]
+        )
+    ours, files = processor(), [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    index, _ = index_of(files, ours)
+    dataset = StepDataset(
+        index, ours, make_plan(index, index.length.astype(float), 8, 5, 1, Budget()), 0
+    )
+    assert dataset.sources == ["a", "b"]
+    step = dataset[BEGIN]
+    expected = [int(index.targets[index.source == source].sum()) for source in (0, 1)]
+    assert step.targets_by_source == expected
+    (batch,) = step.micro_batches
+    owner = torch.tensor([int("b.jsonl" in name) for name in batch.ids])
+    of_rows = owner.repeat_interleave(torch.tensor(batch.segments.lengths))
+    assert torch.equal(batch.sources, of_rows[batch.target_rows])
+
+
+def test_skipped_text_counts_once_over_all_ranks(folder):
+    whole = make_dataset(folder)
+    for world in (1, 3):
+        plan = replace(whole.plan, world=world, skips_text=True)
+        for batch in range(4):
+            position = Position(0, batch)
+            parts = [replace(whole, plan=plan, rank=rank)[position] for rank in range(world)]
+            assert sum(part.targets for part in parts) == whole[position].targets
+            learnt = sum(sum(part.targets_by_source) for part in parts)
+            assert learnt < whole[position].targets
+            assert all(len(b.visual_rows) for part in parts for b in part.micro_batches if b.ids)
 
 
 def test_the_index_agrees_with_the_examples(folder):
@@ -205,21 +252,3 @@ def test_a_ledger_holds_any_file_name(tmp_path, name):
     entry = Entry("a:1", f"{name} does not exist", "index")
     Ledger(tmp_path / "ledger.jsonl").record([entry])
     assert Ledger(tmp_path / "ledger.jsonl").entries["a:1"].id == "a:1"
-
-
-def test_indexing_in_processes_does_not_read_the_file_ahead(tmp_path, monkeypatch):
-    """A data file with images inside may be larger than the memory."""
-    file = write_jsonl(tmp_path / "data.jsonl", [row("hi")] * 256 * 40)
-    chunks, taken = indexing._chunks, []
-
-    def counted(*arguments):
-        for chunk in chunks(*arguments):
-            taken.append(1)
-            yield chunk
-
-    monkeypatch.setattr(indexing, "_chunks", counted)
-    results = indexing._measured((file,), processor(), lambda sizes: 1.0, 2)
-    next(results)
-    read = len(taken)
-    list(results)
-    assert read < 20

@@ -1,11 +1,15 @@
-"""Random samples, seeded: what holds for every Example and every Batch."""
+"""Random samples: what holds for every Example and every Batch."""
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from tests.data.samples import assistant, processor, sample, user, write_image
 from vlm.data.collate import collate
+from vlm.data.formats import parse_row
+from vlm.data.formats.context import RowContext
 from vlm.data.schema import BadSample
 
 WORDS = ["cat", " dog", "\n", "  ", "7", "é", "图", "🙂", "<|im_end|>", "<think>", "def f():", "\t"]
@@ -153,3 +157,95 @@ def test_too_long_is_refused_by_default_and_just_fitting_is_not(drawn):
         for read in (processor(max_length=length - 1).encode, processor(max_length=1).measure):
             with pytest.raises(BadSample, match=f"{given.id}: has {length} tokens"):
                 read(given)
+
+
+TEXT = st.lists(st.characters(exclude_categories=["Cs"]) | st.sampled_from(WORDS), max_size=6).map(
+    "".join
+)
+CLIPS = (("0.png", "0.png"), ("1.png",) * 5, ("2.png",) * 8)
+"""Videos as lists of frames."""
+
+
+@st.composite
+def conversations(draw):
+    """Messages of a row with up to three images and videos anywhere in the questions."""
+    images, videos = [], []
+
+    def question():
+        words = [draw(TEXT)]
+        for kind in draw(st.lists(st.sampled_from(["image", "video"]), max_size=2)):
+            if kind == "image":
+                images.append(f"{draw(st.integers(0, 7))}.png")
+            else:
+                videos.append(list(draw(st.sampled_from(CLIPS))))
+            words += [f"<{kind}>", draw(TEXT)]
+        return "".join(words)
+
+    messages = [{"role": "system", "content": draw(TEXT)}] * draw(st.integers(0, 1))
+    for _ in range(draw(st.integers(1, 2))):
+        weight = draw(st.sampled_from([None, 0.5, 1, 2.0]))
+        keys = {} if weight is None else {"loss_scale": weight}
+        messages += [user(question()), assistant(draw(TEXT), **keys)]
+    return {"messages": messages, "images": images, "videos": videos}
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return processor(video_max_pixels=30_000)
+
+
+@hypothesis.settings(max_examples=1000, deadline=None, derandomize=True, database=None)
+@hypothesis.given(rows=st.lists(conversations(), min_size=1, max_size=2))
+def test_1000_rows_keep_the_invariants_up_to_the_batch(pictures, ours, rows):
+    context = RowContext(pictures)
+    samples = [parse_row(row, f"data.jsonl:{n}", context) for n, row in enumerate(rows, start=1)]
+    examples = [ours.encode(one) for one in samples]
+    for one, example in zip(samples, examples, strict=True):
+        check_example(one, example, ours)
+    batch = collate(examples, ours.config)
+    lengths = [example.length for example in examples]
+    ends = torch.tensor(lengths).cumsum(0) - 1
+    assert batch.segments.lengths == tuple(lengths)
+    assert not torch.isin(batch.target_rows, ends).any(), "no sample predicts the next one"
+    assert torch.equal(batch.targets, batch.input_ids[batch.target_rows + 1])
+    features = len(batch.vision.window_index)
+    assert len(batch.visual_rows) == (features if any(e.grid_thw for e in examples) else 0)
+    is_media = media_of(batch.input_ids, ours)
+    assert torch.equal(batch.visual_rows, is_media.nonzero().flatten())
+    assert len(batch.patches) == sum(batch.vision.frames.lengths) == 4 * features
+    assert torch.equal(batch.vision.window_index.sort().values, torch.arange(features))
+    for example, positions in zip(examples, batch.position_ids.split(lengths, dim=1), strict=True):
+        assert torch.equal(positions, example.position_ids)
+
+
+def media_of(ids, ours):
+    config = ours.config
+    return torch.isin(ids, torch.tensor([config.image_token_id, config.video_token_id]))
+
+
+def check_example(one, example, ours):
+    ids, learnt = example.input_ids, example.targets != -100
+    is_media = media_of(ids, ours)
+    assert is_media.sum() * 4 == len(example.patches)
+    assert len(example.patches) == sum(t * h * w for t, h, w in example.grid_thw)
+    assert len(example.grid_thw) == len(one.images) + len(one.videos)
+    assert torch.equal(example.targets[learnt], ids.roll(-1)[learnt]) and not learnt[-1]
+    assert not is_media.roll(-1)[learnt].any(), "a placeholder is never learnt"
+    sizes = ours.measure(one)
+    told = (sizes.length, sizes.targets, sizes.grid_thw)
+    assert told == (example.length, int(learnt.sum()), example.grid_thw)
+    positions, grids, row, free = example.position_ids, iter(example.grid_thw), 0, 0
+    while row < example.length:  # text rises by one on all axes; media begin where it ended
+        if not is_media[row]:
+            assert positions[:, row].tolist() == [free] * 3
+            row, free = row + 1, free + 1
+            continue
+        t, h, w = next(grids)
+        block = positions[:, row : row + t * h * w // 4].view(3, t, h // 2, w // 2)
+        assert (block.flatten(1).min(1).values == free).all()
+        assert (block[0].flatten().diff() >= 0).all(), "time never goes back"
+        for axis, side in ((1, h // 2), (2, w // 2)):
+            expected = torch.arange(side) + free
+            assert torch.equal(block[axis].movedim(axis, 0).flatten(1)[:, 0], expected)
+        row, free = row + t * h * w // 4, int(block.max()) + 1
+    assert next(grids, None) is None

@@ -12,7 +12,8 @@ import torch
 
 from tests.data.samples import GOLDEN, processor, row
 from tests.data.videos import CLIPS, HAS_VLLM, LIMITS, UNUSUAL, ask, write_clips
-from vlm.data.formats.messages import parse_row
+from vlm.data.formats import parse_row
+from vlm.data.formats.context import RowContext
 from vlm.data.video import VideoInfo, sample_indices, seconds_per_grid
 from vlm.hf_config import read_config
 from vlm.rope import mrope_positions
@@ -41,7 +42,7 @@ def normalised(patches: torch.Tensor) -> np.ndarray:
 def same_as(witness: dict, folder: Path, name: str) -> None:
     for number, (fps, most) in enumerate(LIMITS):
         ours = processor(fps=fps, fps_max_frames=most)
-        sample = parse_row(row("<video>what?", videos=[name]), "data.jsonl:1", folder)
+        sample = parse_row(row("<video>what?", videos=[name]), "data.jsonl:1", RowContext(folder))
         example = ours.encode(sample)
         theirs = {
             key: witness[f"{folder / name} {number} {key}"]

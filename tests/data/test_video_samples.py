@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.data.samples import processor, row, write_image, write_jsonl
+from tests.data.samples import index_of, processor, row, write_image, write_jsonl
 from tests.data.videos import write_clips, write_video
 from tests.train.runs import log_of, run_plain, write_hybrid
 from train.config import TrainConfig, UsageError, parse
 from vlm.data.collate import collate
-from vlm.data.formats.messages import parse_row
-from vlm.data.index import build_index
+from vlm.data.formats import parse_row
+from vlm.data.formats.context import RowContext
 from vlm.data.limits import environment_limits
 from vlm.data.schema import BadSample
 
@@ -31,14 +31,14 @@ def mixed(clips):
     write_image(clips / "tall.png", 112, 56, seed=1)
     content = "<image>a<video><video>b<image>"
     media = {"images": ["wide.png", "tall.png"], "videos": ["five.avi", "landscape.mp4"]}
-    return parse_row(row(content, **media), "data.jsonl:1", clips)
+    return parse_row(row(content, **media), "data.jsonl:1", RowContext(clips))
 
 
 def test_images_and_videos_keep_their_order(clips, mixed):
     ours = processor()
     example = ours.encode(mixed)
     alone = [
-        ours.encode(parse_row(row(f"<{kind}>", **{f"{kind}s": [name]}), "alone", clips))
+        ours.encode(parse_row(row(f"<{kind}>", **{f"{kind}s": [name]}), "alone", RowContext(clips)))
         for kind, name in [
             ("image", "wide.png"),
             ("video", "five.avi"),
@@ -60,7 +60,7 @@ def test_images_and_videos_keep_their_order(clips, mixed):
 
 
 def test_truncation_cuts_text_and_never_a_video(clips):
-    sample = parse_row(row("<video>" + "word " * 99, videos=["five.avi"]), "x", clips)
+    sample = parse_row(row("<video>" + "word " * 99, videos=["five.avi"]), "x", RowContext(clips))
     whole = processor().encode(sample)
     cut = processor(max_length=whole.length - 50, truncation="left").encode(sample)
     assert cut.length == whole.length - 50
@@ -69,8 +69,10 @@ def test_truncation_cuts_text_and_never_a_video(clips):
 
 def test_packed_samples_are_those_that_went_in(clips, mixed):
     ours = processor()
-    video = parse_row(row("<video>", videos=["three.mp4"]), "v", clips)
-    examples = [ours.encode(sample) for sample in (mixed, parse_row(row(), "t", clips), video)]
+    video = parse_row(row("<video>", videos=["three.mp4"]), "v", RowContext(clips))
+    examples = [
+        ours.encode(sample) for sample in (mixed, parse_row(row(), "t", RowContext(clips)), video)
+    ]
     batch = collate(examples, ours.config)
     assert batch.patches.equal(torch.cat([example.patches for example in examples]))
     assert batch.position_ids.equal(torch.cat([e.position_ids for e in examples], dim=1))
@@ -91,7 +93,7 @@ def test_every_way_to_give_a_video_gives_the_same(clips):
         {"type": "video", "video": "five.avi"},
     ):
         rows.append(row([part, {"type": "text", "text": "what?"}]))
-    index, bad = build_index([write_jsonl(clips / "ways.jsonl", rows)], processor(), lambda _: 1.0)
+    index, bad = index_of([write_jsonl(clips / "ways.jsonl", rows)], processor())
     assert not bad
     first, *others = (processor().encode(index.sample(number)) for number in range(len(index)))
     for other in others:
@@ -104,7 +106,9 @@ def test_a_list_of_frames_is_a_video_that_is_sampled_already(clips):
     names = [write_image(clips / f"{number}.png", 120, 160, number) for number in range(15)]
 
     def encode(frames, **options):
-        return processor(**options).encode(parse_row(row("<video>", videos=[frames]), "x", clips))
+        return processor(**options).encode(
+            parse_row(row("<video>", videos=[frames]), "x", RowContext(clips))
+        )
 
     five = encode(names[:5])
     assert five.grid_thw == ((3, 8, 12),) and five.second_per_grid == (1.0,)
@@ -115,7 +119,7 @@ def test_a_list_of_frames_is_a_video_that_is_sampled_already(clips):
         encode(names)
     assert encode(names, fps_max_frames=15).grid_thw == ((8, 8, 12),)
     part = {"type": "video", "video": names[:5]}
-    inline = processor().encode(parse_row(row([part]), "x", clips))
+    inline = processor().encode(parse_row(row([part]), "x", RowContext(clips)))
     assert inline.patches.equal(five.patches)
 
 
@@ -162,7 +166,7 @@ def broken(clips, tmp_path):
 )
 def test_a_bad_video_is_named(broken, video, reason):
     file = write_jsonl(broken / "data.jsonl", [row(), row("<video>", videos=[video])])
-    index, (bad,) = build_index([file], processor(), lambda sizes: 1.0)
+    index, (bad,) = index_of([file], processor())
     assert len(index) == 1 and bad.id == f"{file}:2"
     with pytest.raises(BadSample, match=reason):
         raise BadSample(bad.id, bad.reason)
@@ -173,7 +177,7 @@ def test_a_video_with_no_frame_to_decode_is_found_at_decoding(clips, tmp_path):
     content = (clips / "two.avi").read_bytes()
     start = content.index(b"movi") + 24
     (tmp_path / "hollow.avi").write_bytes(content[:start] + bytes(len(content) - start - 64))
-    sample = parse_row(row("<video>", videos=["hollow.avi"]), "data.jsonl:1", tmp_path)
+    sample = parse_row(row("<video>", videos=["hollow.avi"]), "data.jsonl:1", RowContext(tmp_path))
     assert processor().measure(sample).grid_thw == ((1, 8, 8),)
     with pytest.raises(BadSample, match=r"data\.jsonl:1: .*hollow\.avi is damaged: not one frame"):
         processor().encode(sample)
@@ -190,7 +194,7 @@ def test_a_frame_whose_header_lies_is_found_at_decoding(tmp_path):
     (tmp_path / "a.png").write_bytes(moved)
     for sample in (row("<video>", videos=[["a.png", "a.png"]]), row("<image>", images=["a.png"])):
         with pytest.raises(BadSample, match=r"a\.png has a header that lies of its size"):
-            processor().encode(parse_row(sample, "data.jsonl:1", tmp_path))
+            processor().encode(parse_row(sample, "data.jsonl:1", RowContext(tmp_path)))
 
 
 @pytest.mark.parametrize(

@@ -180,6 +180,7 @@ def test_turns_system_several_images_and_a_video_arrive_in_order(tmp_path):
         (turns("<image>What?", "x"), "1 <image> tags but 0 images"),
         (turns("<image>What?", "x", images=["gone.png"]), "gone.png: No such file"),
         (turns("What?", "<image>", "And?", "x", images=["a.png"]), "in a message of the assistant"),
+        (turns("What?", "x", tools=[{"name": "look"}]), "with boxes or tools cannot be asked"),
         (turns("What?"), "does not end with the assistant's answer"),
         (turns("What?", " "), "does not end with the assistant's answer"),
         (

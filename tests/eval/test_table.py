@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from eval.page import STYLE
 from eval.stats import INDEPENDENT, score_interval
 from eval.table import main
 from tests.eval.made_up import PROTOCOL, sample, write
 from tests.eval.reading import addresses, cells
+from vlm.page import STYLE
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,8 +8,11 @@ from PIL import Image
 
 from examples.digits.boards import load_scans
 from examples.digits.make_data import make_data
-from examples.digits.report import table, write_report
-from examples.digits.score import chance, exact_match, read_rows
+from examples.digits.report import table, variants_table, write_report
+from examples.digits.score import chance, exact_match, read_rows, top1_agreement
+from tests.tiny import write_llm_donor, write_vision_donor
+from vlm.graft.options import BuildOptions
+from vlm.graft.stream import build
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +100,7 @@ def test_report_holds_every_figure_and_pictures(data, tmp_path):
         },
         "served": {"questions": 10, "served_equals_local": 10, "right": 9},
         "parity": [{"passed": True, "logprobs": 2e-6}, {"passed": False, "logprobs": 0.5}],
+        "variants": {},
         "seconds": {"donors": 200.0, "stage1": 40.0},
     }
     for stage in ("stage1", "stage2"):
@@ -113,3 +117,30 @@ def test_report_holds_every_figure_and_pictures(data, tmp_path):
     for name in ("boards.png", "losses.png"):
         with Image.open(tmp_path / name) as image:
             assert np.asarray(image).std() > 5
+
+
+def test_agreement_with_the_donor_is_whole_for_the_exact_graft_alone(data, tmp_path):
+    vision, llm = (
+        write_vision_donor(tmp_path / "vl"),
+        write_llm_donor(tmp_path / "llm", hidden_size=128),
+    )
+    rows = read_rows(data / "held_out_text.jsonl")[:4]
+    found = {}
+    for variant in ("exact", "literal"):
+        build(vision, llm, tmp_path / variant, BuildOptions(variant=variant))
+        found[variant] = top1_agreement(tmp_path / variant, llm, rows)
+    assert found["exact"] == 100.0 and found["literal"] < 90.0
+
+
+def test_the_variants_stand_beside_each_other():
+    def figures(match, text):
+        stages = ("graft", "stage1", "stage2")
+        return {s: {"exact_match": match, "text_loss": text, "loss": 1.0} for s in stages}
+
+    variants = {
+        "exact": figures(88.25, 0.006) | {"top1_agreement": 100.0},
+        "literal": figures(11.5, 3.5) | {"top1_agreement": 4.7},
+    }
+    lines = variants_table(variants).splitlines()
+    assert {line.count("|") for line in lines} == {9}
+    assert lines[2].startswith("| exact | 88.2 %") and lines[3].endswith("| 3.5000 | 4.7 % |")

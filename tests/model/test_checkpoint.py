@@ -1,6 +1,10 @@
 """Checkpoints: strict, atomic, in the hub's layout."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,8 @@ from vlm.checkpoint import (
     save_model,
 )
 from vlm.hf_config import ConfigError, parse_config, read_config
+from vlm.model import VisionLanguageModel
+from vlm.tensor_file import make_header
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -120,3 +126,120 @@ def test_unreadable_json_names_the_file(tmp_path):
 def test_reader_without_weights(tmp_path):
     with pytest.raises(CheckpointError, match="neither"):
         TensorReader(tmp_path)
+
+
+def header(**rows):
+    """The bytes of a file's header."""
+    text = json.dumps(rows).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+def row(dtype, shape, begin, end):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+TWICE = '{"a": %s, "a": %s}' % ((json.dumps(row("F32", [1], 0, 4)),) * 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "damaged \\(0 bytes and no safetensors header"),
+        (b"<html>not found</html>", "damaged .*no safetensors header"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git-lfs pointer"),
+        (
+            header(a=row("F32", [2], 0, 8)) + b"1234567",
+            "truncated: it has 76 .* says 77",
+        ),
+        (
+            header(a=row("F32", [2], 0, 8)) + b"123456789",
+            "damaged: it has 78 .* says 77",
+        ),
+        (header(a=row("F32", [3], 0, 8)) + bytes(8), r"F32 \[3\] in 8 bytes"),
+        (header(a=row("F32", [-2], 0, 8)) + bytes(8), "shape"),
+        (header(a=row("Q4", [2], 0, 8)) + bytes(8), "dtype Q4"),
+        (header(a=row("F32", [1], 0, 4), b=row("F32", [1], 2, 6)) + bytes(8), "two tensors or to"),
+        (header(a=row("F32", [1], 4, 8)) + bytes(8), "two tensors or to none"),
+        (header(a={"dtype": "F32"}) + bytes(8), "makes no sense"),
+        (header(a=[1]) + bytes(8), "makes no sense"),
+        (len(TWICE).to_bytes(8, "little") + TWICE.encode() + bytes(4), "a is there twice"),
+        ((5).to_bytes(8, "little") + b"{nope", "makes no sense"),
+        ((2).to_bytes(8, "little") + b"[]", "makes no sense"),
+    ],
+)
+def test_damaged_weights_are_named_before_any_is_read(tmp_path, content, message):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"model.safetensors is .*{message}"):
+        TensorReader(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "no sensible weight_map"),
+        ("[]", "no sensible weight_map"),
+        ("{}", "no sensible weight_map"),
+        ('{"weight_map": {"a": 1}}', "no sensible weight_map"),
+        ('{"weight_map": {"a": "one.safetensors", "a": "one.safetensors"}}', "a is there twice"),
+        ('{"weight_map": {"a": "../one.safetensors"}}', r"names \.\./one.safetensors, which is no"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "names /etc/passwd, which is no file beside it"),
+        ('{"weight_map": {"a": "two.safetensors"}}', "two.safetensors is missing"),
+        ('{"weight_map": {"b": "one.safetensors"}}', "says that one.safetensors holds b; it does"),
+    ],
+)
+def test_a_wrong_index_is_refused(tmp_path, index, message):
+    save_file({"a": torch.zeros(2)}, tmp_path / "one.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match=message):
+        TensorReader(tmp_path)
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    for file in ("one", "two"):
+        save_file({"a": torch.zeros(2), file: torch.zeros(2)}, tmp_path / f"{file}.safetensors")
+    weight_map = {"a": "one.safetensors", "one": "one.safetensors", "two": "two.safetensors"}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=r"a twice .one.safetensors and two.safetensors"):
+        TensorReader(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.int32])
+def test_quantised_weights_are_refused(tmp_path, dtype):
+    folder = write_hybrid(tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.language_model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{name} as (I8|U8|F8_E4M3|I32), as quantised"):
+        load_model(folder)
+
+
+LOAD = """
+import resource, sys
+import torch
+from vlm.checkpoint import load_model
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = load_model(sys.argv[1], torch.bfloat16)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_loading_takes_one_model_of_memory(tmp_path):
+    config = hybrid_config(tie=False)
+    config["text_config"] |= {"vocab_size": 10**6, "num_hidden_layers": 1}
+    with torch.device("meta"):
+        shapes = VisionLanguageModel(parse_config(config)).state_dict()
+    header = make_header([(name, "BF16", tensor.shape) for name, tensor in shapes.items()])
+    size = 2 * sum(tensor.numel() for tensor in shapes.values())
+    assert size > 190e6
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with (tmp_path / "model.safetensors").open("wb") as file:  # a hole
+        file.write(header)
+        file.truncate(len(header) + size)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", LOAD, tmp_path]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    # building on the meta device loads code of torch's own
+    assert int(result.stdout) * 1024 < size + 130e6

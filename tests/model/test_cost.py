@@ -1,24 +1,29 @@
 """The cost model against torch's own counter and the published sizes of the 8B hybrid."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.model.full_size import EIGHT_BILLION
 from tests.tiny import hybrid_config
 from vlm.batch import Batch
-from vlm.config import TextConfig, VisionConfig, VLMConfig
+from vlm.config import VLMConfig
 from vlm.cost import (
     PARTS,
     causal_attention,
     decoder_linear,
+    flops_by_module,
     head_linear,
     merger_linear,
     parameter_counts,
+    parameters_by_module,
     part_of,
     sample_flops,
+    sample_flops_array,
     tower_attention,
     tower_linear,
 )
@@ -28,28 +33,23 @@ from vlm.hf_config import parse_config
 from vlm.loss import cross_entropy_sum
 from vlm.model import VisionLanguageModel
 
-GRIDS = [(1, 12, 20), (1, 4, 6)]  # neither is a whole number of windows
-LENGTH, TARGETS = 120, 23
+Sizes = tuple[int, Sequence[tuple[int, int, int]], int]
+"""Length, grids and targets of a sample."""
+SMALL: Sizes = 120, [(1, 12, 20), (1, 4, 6)], 23  # neither grid is a whole number of windows
+LARGE: Sizes = 7000, [(1, 64, 80), (6, 14, 18)], 2500  # an image of max_pixels, a video
 TRAINS = [parts for n in range(4) for parts in combinations(PARTS, n)]
 
 
-@pytest.fixture(scope="module")
-def eight_billion() -> VLMConfig:
-    """Qwen2.5-VL-7B's tower under Qwen3-8B."""
-    vision = VisionConfig(32, 1280, 16, 3420, 4096, (7, 15, 23, 31))
-    text = TextConfig(151936, 4096, 12288, 36, 32, 8, 128, 1e6, mrope_section=(16, 24, 24))
-    return VLMConfig(vision, text, 151655, 151656, 151652, 151653)
-
-
-def example(config: VLMConfig) -> Example:
-    visual = sum(t * h * w for t, h, w in GRIDS) // config.vision.merge_unit
-    ids = torch.zeros(LENGTH, dtype=torch.int64)
+def example(config: VLMConfig, sizes: Sizes) -> Example:
+    length, grids, learnt = sizes
+    visual = sum(t * h * w for t, h, w in grids) // config.vision.merge_unit
+    ids = torch.zeros(length, dtype=torch.int64)
     ids[:visual] = config.image_token_id
-    targets = torch.full((LENGTH,), -100)
-    targets[-TARGETS:] = 1
+    targets = torch.full((length,), -100)
+    targets[-learnt:] = 1
     patches = torch.zeros(4 * visual, config.vision.patch_dim, dtype=torch.uint8)
-    positions = torch.arange(LENGTH).expand(3, -1)
-    return Example("x", ids, targets, None, positions, patches, tuple(GRIDS))
+    positions = torch.arange(length).expand(3, -1)
+    return Example("x", ids, targets, None, positions, patches, tuple(grids))
 
 
 def on_meta(batch: Batch) -> Batch:
@@ -69,13 +69,13 @@ def addmm_flops(_sum, left, right, **_) -> int:
     return 2 * left[0] * left[1] * right[1]
 
 
-def counted(config: VLMConfig, trains: Collection[str]) -> int:
+def counted(config: VLMConfig, sizes: Sizes, trains: Collection[str]) -> int:
     """FLOPs that torch counts on the meta device, with every pair of attention."""
     with torch.device("meta"):
         model = VisionLanguageModel(config)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in trains)
-    batch = on_meta(collate([example(config)], config))
+    batch = on_meta(collate([example(config, sizes)], config))
     in_place = {torch.ops.aten.addmm_: addmm_flops}  # the head's gradient; torch has no formula
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         hidden = model(batch)
@@ -85,37 +85,79 @@ def counted(config: VLMConfig, trains: Collection[str]) -> int:
     return counter.get_total_flops()
 
 
+def expected(config: VLMConfig, sizes: Sizes, trains: Collection[str]) -> float:
+    """`sample_flops` and what torch counts besides: the masked half of causal attention; for a
+    merger that trains alone, the gradient that reaches its first norm through its first map."""
+    text, (length, grids, _) = config.text, sizes
+    width = text.num_attention_heads * text.head_dim * text.num_hidden_layers
+    flops = sample_flops(config, *sizes, trains)
+    flops += (3 if trains else 1) * (4 * width * length**2 - causal_attention(text, length))
+    if "aligner" in trains and "vit" not in trains:
+        visual = sum(t * h * w for t, h, w in grids) // config.vision.merge_unit
+        flops += visual * merger_linear(config.vision)[0]
+    return flops
+
+
 @pytest.mark.parametrize("trains", TRAINS, ids="+".join)
 def test_a_sample_costs_what_torch_counts(trains):
-    """Exactly, once the masked half of causal attention is added. A merger that trains alone
-    is counted without the gradient that reaches its first norm's weight through its first map."""
     config = parse_config(hybrid_config())
-    ours = sample_flops(config, LENGTH, GRIDS, TARGETS, trains)
-    passes = 3 if trains else 1
-    text = config.text
-    width = text.num_attention_heads * text.head_dim * text.num_hidden_layers
-    ours += passes * (4 * width * LENGTH**2 - causal_attention(text, LENGTH))
-    if "aligner" in trains and "vit" not in trains:
-        visual = sum(t * h * w for t, h, w in GRIDS) // config.vision.merge_unit
-        ours += visual * merger_linear(config.vision)[0]
-    assert ours == counted(config, trains)
+    assert counted(config, SMALL, trains) == expected(config, SMALL, trains)
 
 
-def test_the_8b_hybrid_has_its_published_sizes(eight_billion):
-    counts = parameter_counts(eight_billion)
-    text = eight_billion.text
-    embedding = text.vocab_size * text.hidden_size
-    blocks = counts["llm"] - 2 * embedding - text.hidden_size  # the final norm
-    assert counts["vit"] == 631_975_680
-    assert counts["aligner"] == 47_196_416
-    assert blocks == 6_946_071_552
-    assert embedding == 622_329_856
-    assert sum(counts.values()) == pytest.approx(8.870e9, rel=1e-4)
+@pytest.mark.parametrize("trains", [(), ("aligner",), PARTS], ids=["forward", "stage1", "stage2"])
+def test_a_sample_costs_what_torch_counts_at_full_size(trains):
+    assert counted(EIGHT_BILLION, LARGE, trains) == expected(EIGHT_BILLION, LARGE, trains)
 
 
-def test_the_8b_hybrid_has_its_published_costs(eight_billion):
+@pytest.mark.parametrize("trains", TRAINS, ids="+".join)
+def test_many_samples_cost_what_each_costs(trains):
+    """To the last bit, from integers as small as an index holds them in."""
+    random = np.random.default_rng(0)
+    samples = [
+        (
+            int(random.integers(1, 40_000)),
+            [
+                tuple(int(n) for n in random.integers(1, 60, 3) * (1, 2, 2))
+                for _ in range(random.integers(0, 4))
+            ],
+            int(random.integers(0, 9000)),
+        )
+        for _ in range(300)
+    ]
+    lengths = np.array([length for length, _, _ in samples], np.int32)
+    targets = np.array([targets for _, _, targets in samples], np.int32)
+    grids = np.array([grid for _, of_one, _ in samples for grid in of_one], np.int32)
+    owners = np.repeat(np.arange(300), [len(of_one) for _, of_one, _ in samples])
+    together = sample_flops_array(EIGHT_BILLION, lengths, grids, owners, targets, trains)
+    alone = [sample_flops(EIGHT_BILLION, *sample, trains) for sample in samples]
+    assert together.tolist() == alone
+    modules = flops_by_module(EIGHT_BILLION, lengths, grids, targets, trains)
+    assert sum(modules.values()) == pytest.approx(sum(alone), rel=1e-12)
+    none = np.zeros((0, 3), np.int64), np.zeros(0, np.int64)
+    text = sample_flops_array(EIGHT_BILLION, lengths[:1], *none, targets[:1], trains)
+    assert text == sample_flops(EIGHT_BILLION, int(lengths[0]), [], int(targets[0]), trains)
+
+
+def test_the_8b_hybrid_has_its_published_sizes():
+    modules = parameters_by_module(EIGHT_BILLION)
+    assert modules == {
+        "vision tower": 631_975_680,
+        "merger": 47_196_416,
+        "embedding": 622_329_856,
+        "decoder blocks": 6_946_071_552,
+        "final norm": 4096,
+        "head": 622_329_856,
+    }
+    parts = parameter_counts(EIGHT_BILLION)
+    assert parts["vit"] == modules["vision tower"] and parts["aligner"] == modules["merger"]
+    assert sum(parts.values()) == sum(modules.values()) == pytest.approx(8.870e9, rel=1e-4)
+
+
+def test_the_8b_hybrid_has_its_published_costs():
     """Forward GFLOPs per token, target token, visual token of a large image."""
-    text, vision = eight_billion.text, eight_billion.vision
+    text, vision = EIGHT_BILLION.text, EIGHT_BILLION.vision
+    first, second = merger_linear(vision)
+    assert 2 * first + 3 * second == pytest.approx(2.45 * (first + second), rel=3e-3)  # stage 1
     assert decoder_linear(text) == pytest.approx(13.89e9, rel=1e-3)
     assert head_linear(text) == pytest.approx(1.245e9, rel=1e-3)
     assert sum(merger_linear(vision)) == pytest.approx(0.0944e9, rel=1e-3)
@@ -126,13 +168,13 @@ def test_the_8b_hybrid_has_its_published_costs(eight_billion):
     assert causal_attention(text, 8192) / 8192 == pytest.approx(2 * 8192 * 4096 * 36, rel=1e-3)
 
 
-def test_what_trains_sets_the_factor(eight_billion):
+def test_what_trains_sets_the_factor():
     """PERFORMANCE's factors: stage 2 three times the forward, stage 1 twice in the decoder."""
     text = (1000, [], 100)
     forward, stage_1, stage_2 = (
-        sample_flops(eight_billion, *text, trains) for trains in ((), {"aligner"}, set(PARTS))
+        sample_flops(EIGHT_BILLION, *text, trains) for trains in ((), {"aligner"}, set(PARTS))
     )
-    attention = causal_attention(eight_billion.text, 1000)
+    attention = causal_attention(EIGHT_BILLION.text, 1000)
     assert stage_2 == 3 * forward
     assert stage_1 == 2 * (forward - attention) + 3 * attention
 
@@ -141,3 +183,4 @@ def test_a_tied_head_is_counted_once():
     untied = parameter_counts(parse_config(hybrid_config()))
     tied = parameter_counts(parse_config(hybrid_config(tie=True)))
     assert untied["llm"] - tied["llm"] == 4096 * 48
+    assert parameters_by_module(parse_config(hybrid_config(tie=True)))["head"] == 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vlm.loss import cross_entropy_sum
+from vlm.loss import cross_entropy, cross_entropy_sum
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 4, 100])
@@ -18,6 +18,9 @@ def test_value_and_gradients(chunk_rows, weighted):
     losses = F.cross_entropy(F.linear(hidden, head), targets, reduction="none")
     expected = (losses * weights).sum() if weighted else losses.sum()
     torch.testing.assert_close(actual, expected)
+    total, terms = cross_entropy(hidden, head, targets, weights, chunk_rows)
+    assert torch.equal(total, actual) and not terms.requires_grad
+    torch.testing.assert_close(terms, losses * weights if weighted else losses)
     for ours, theirs in zip(
         torch.autograd.grad(3 * actual, (hidden, head)),
         torch.autograd.grad(3 * expected, (hidden, head)),

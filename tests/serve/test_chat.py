@@ -25,11 +25,13 @@ from tests.data.videos import write_video
 from tests.serve.fake_endpoint import serving
 from tests.serve.processes import free_port
 from tests.tiny import GOLDEN_MODEL, write_hybrid
+from vlm.data.chat import system_text
 from vlm.data.collate import collate
-from vlm.data.formats.messages import parse_line, parse_row
+from vlm.data.formats import parse_line, parse_row
+from vlm.data.formats.context import RowContext
 from vlm.data.image import load_image
 from vlm.data.processor import Processor
-from vlm.data.schema import Message, Sample
+from vlm.data.schema import BadSample, Message, Sample
 from vlm.generate import generate
 
 ROOT = Path(__file__).parents[2]
@@ -122,7 +124,7 @@ def test_a_conversation_in_the_terminal(folder, local, video, tmp_path):
         ["/help shows the commands\n", *(f"{e}\n" for e in expected), ""]
     )
     lines = (tmp_path / "kept.jsonl").read_text(encoding="utf-8").splitlines()
-    kept = [parse_line(line, "x", Path("/elsewhere")) for line in lines]
+    kept = [parse_line(line, "x", RowContext(Path("/elsewhere"))) for line in lines]
     assert kept[0] == Sample("x", (*turns, Message("assistant", second)), (PICTURE,), (video,))
     assert kept[1] == Sample("x", (*brief, Message("assistant", third)))
 
@@ -147,7 +149,7 @@ def test_both_backends_show_the_model_the_same(local, video):
         answer = Endpoint(server.url).ask(conversation, Sampling(), lambda text: None)
         (request,) = server.requests
     assert answer.text == "saw 3 media"
-    sent = local.prompt(parse_row({"messages": request["messages"]}, "x", Path()), None)
+    sent = local.prompt(parse_row({"messages": request["messages"]}, "x", RowContext(None)), None)
     ours = local.prompt(conversation, None)
     assert torch.equal(sent.input_ids, ours.input_ids)
     assert torch.equal(sent.patches, ours.patches)
@@ -325,3 +327,21 @@ def test_the_recipes_variables_bound_images_and_yield_to_flags(folder, monkeypat
     assert "MAX_PIXELS='many' is not a number" in capsys.readouterr().err
     with pytest.raises(UsageError, match="max_new_tokens is 0"):
         Sampling(max_new_tokens=0)
+
+
+def test_tools_are_sent_as_the_text_that_a_local_prompt_has():
+    row = {"messages": [{"role": "user", "content": "hi"}], "tools": [{"name": "look"}]}
+    sample = parse_row(row, "x", RowContext(None))
+    system, user = request_messages(sample)
+    assert system == {"role": "system", "content": system_text(sample)}
+    assert '"name": "look"' in system["content"] and user["content"] == "hi"
+
+
+def test_boxes_are_refused_by_name():
+    row = {
+        "messages": [{"role": "user", "content": "<image>what is at <bbox>?"}],
+        "images": [str(IMAGES / "sq56.png")],
+        "objects": {"bbox": [[1, 2, 3, 4]]},
+    }
+    with pytest.raises(BadSample, match="x: has boxes"):
+        request_messages(parse_row(row, "x", RowContext(ROOT)))

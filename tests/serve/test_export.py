@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -185,8 +186,10 @@ def test_a_tensor_that_is_not_the_sources_own_is_refused(
     damaged = "model.language_model.layers.1.self_attn.q_norm.weight"
 
     def damage(*arguments):
-        for name, tensor in honest(*arguments):
-            yield name, tensor * 1.1 if name == damaged else tensor
+        for entry in honest(*arguments):
+            if entry.name == damaged:
+                entry = replace(entry, parts=(entry.parts[0].values() * 1.1,))
+            yield entry
 
     monkeypatch.setattr(exporter, "export_tensors", damage)
     out = tmp_path / "bad"
@@ -221,7 +224,11 @@ def test_another_template_is_refused(source, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("folder", "words"),
-    [("nowhere", "neither config.json nor model/"), (GOLDEN_MODEL, "is a qwen2_5_vl model")],
+    [
+        ("nowhere", "does not exist"),
+        (GOLDEN_MODEL.parents[1], "neither config.json nor model/"),
+        (GOLDEN_MODEL, "is a qwen2_5_vl model"),
+    ],
 )
 def test_what_cannot_be_exported_is_named(folder, words, tmp_path, capsys):
     assert main([str(folder), "--out", str(tmp_path / "out")]) == 2

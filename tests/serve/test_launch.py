@@ -198,7 +198,7 @@ def test_vllms_own_parser_reads_the_command_as_it_is_meant(model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["/nowhere"], "/nowhere is not a directory"),
+        (["/nowhere"], "/nowhere does not exist"),
         ([], "model"),
         (["--max_pixel", "5"], "--max_pixel"),
         (["--max_images", "-1"], "max_images is -1"),

@@ -4,7 +4,6 @@ import asyncio
 import base64
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import urllib.request
 from contextlib import ExitStack, contextmanager
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 from serve.endpoint import Endpoint
 from serve.web import EMPTY, responder
@@ -105,16 +103,6 @@ def process(arguments, ready, **options):
         child.send_signal(signal.SIGTERM)
         child.wait(30)
         child.stdout.close()
-
-
-@pytest.fixture
-def browser():
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium")
-    assert chromium, "install chromium, or name it by CHROMIUM"
-    with sync_playwright() as driver:
-        chrome = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield chrome
-        chrome.close()
 
 
 @contextmanager

@@ -24,6 +24,9 @@ OPTIONS = {
     "dtype": "float32",
     "per_device_train_batch_size": 2,
     "global_batch_size": 6,
+    "max_length": 256,
+    "token_budget": 256,  # which packs a step of six ragged samples into two or three
+    "patch_budget": 400,
     "max_steps": 6,
     "learning_rate": 1e-3,
     "warmup_ratio": 0.2,
@@ -60,7 +63,7 @@ def write_data(folder: Path, samples: int = 16) -> Path:
 def write_setting(folder: Path) -> dict:
     """A model and data in `folder`, as options."""
     folder.mkdir(exist_ok=True)
-    return {"model": write_hybrid(folder / "model"), "dataset": [write_data(folder)]}
+    return {"model": write_hybrid(folder / "model"), "dataset": [str(write_data(folder))]}
 
 
 def run_plain(setting: dict, out: Path, **options) -> Path:
@@ -76,7 +79,6 @@ def command(
     values = setting | {"output_dir": out} | OPTIONS | options
     config = out.with_name(out.name + ".yaml")
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
-    plain["dataset"] = [str(path) for path in values["dataset"]]
     config.write_text(yaml.safe_dump(plain))
     arguments = [str(script), "--config", str(config)]
     if not ranks:

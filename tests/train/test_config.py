@@ -54,10 +54,10 @@ def test_a_mistake_is_told_in_one_sentence(monkeypatch, capsys, setting, tmp_pat
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("nowhere.jsonl", "does not exist"), ("data.csv", "only .jsonl files are read")],
+    [("nowhere.jsonl", "does not exist"), ("data.csv", "only .jsonl, .json, .parquet")],
 )
 def test_data_that_cannot_be_read_is_named(monkeypatch, capsys, setting, tmp_path, name, says):
-    missing = setting | {"dataset": [tmp_path / name]}
+    missing = setting | {"dataset": [str(tmp_path / name)]}
     code, lines = run_main(monkeypatch, capsys, missing, tmp_path / "run")
     assert code == 2 and name in lines[-1] and says in lines[-1]
 
@@ -72,11 +72,22 @@ def test_too_many_bad_samples_stop_the_run(monkeypatch, capsys, setting, tmp_pat
     data = tmp_path / "data.jsonl"
     good = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
     data.write_text("\n".join([json.dumps(good)] * 15 + [json.dumps({"messages": []})]))
-    bad = setting | {"dataset": [data]}
+    bad = setting | {"dataset": [str(data)]}
     code, lines = run_main(monkeypatch, capsys, bad, tmp_path / "run")
     assert code == 2 and "1 of 16 samples are bad" in lines[-1] and "data.jsonl:16" in lines[-1]
     code, _ = run_main(monkeypatch, capsys, bad, tmp_path / "run", max_bad_fraction=0.1)
     assert code == 0
+
+
+def test_the_strict_stop_at_the_first_bad_sample(monkeypatch, capsys, setting, tmp_path):
+    data = tmp_path / "data.jsonl"
+    good = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    data.write_text("\n".join([json.dumps(good)] * 200 + [json.dumps({"messages": []})]))
+    strict = setting | {"dataset": [str(data)]}
+    code, lines = run_main(monkeypatch, capsys, strict, tmp_path / "run", on_bad="error")
+    assert code == 2 and "data.jsonl:201: messages is empty; on_bad is error" in lines[-1]
+    code, lines = run_main(monkeypatch, capsys, strict, tmp_path / "run", on_bad="stop")
+    assert code == 2 and "on_bad" in lines[-1]
 
 
 def test_the_process_itself_exits_with_2(setting, tmp_path):

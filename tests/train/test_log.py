@@ -1,6 +1,7 @@
 """What a run records: figures per log step, bad samples, steps without a target."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,8 @@ from train.config import TrainConfig
 from train.metrics import Log
 from train.optim import learning_rate_scale
 from vlm.cost import PARTS, sample_flops
-from vlm.data.formats.messages import parse_line
+from vlm.data.formats import parse_line
+from vlm.data.formats.context import RowContext
 from vlm.data.processor import Processor
 
 
@@ -39,9 +41,9 @@ def test_the_figures_are_those_of_the_data(setting, tmp_path):
     """Tokens, targets and useful FLOPs of one epoch against the samples one by one."""
     line = log_of(run_plain(setting, tmp_path / "run", logging_steps=3, max_steps=3))[0]
     processor = Processor.from_pretrained(setting["model"])
-    path = setting["dataset"][0]
+    path = Path(setting["dataset"][0])
     lines = path.read_text().splitlines()
-    samples = [processor.encode(parse_line(text, "x", path.parent)) for text in lines]
+    samples = [processor.encode(parse_line(text, "x", RowContext(path.parent))) for text in lines]
     assert line["tokens"] == sum(sample.length for sample in samples)
     targets = [int((sample.targets >= 0).sum()) for sample in samples]
     assert line["targets"] == sum(targets)

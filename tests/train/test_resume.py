@@ -166,7 +166,7 @@ def test_other_data_is_refused(setting, tmp_path):
     line = json.dumps({"messages": [{"role": r, "content": "word"} for r in ("user", "assistant")]})
     longer.write_text((line + "\n") * 16)
     with pytest.raises(UsageError, match="the data differs"):
-        run_plain(setting | {"dataset": [longer]}, run)
+        run_plain(setting | {"dataset": [str(longer)]}, run)
 
 
 def test_a_finished_run_stays_as_it_is(setting, plain_run, tmp_path):

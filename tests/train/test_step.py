@@ -7,6 +7,7 @@ times that is allowed, and a wrong denominator is a thousand times outside.
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from tests.train.runs import OPTIONS, damage, log_of, run_plain, weights_of, write_setting
 from vlm.checkpoint import load_model
 from vlm.data.collate import collate
-from vlm.data.formats.messages import parse_line
+from vlm.data.formats import parse_line
+from vlm.data.formats.context import RowContext
 from vlm.data.processor import Processor
 
 LOSS, WEIGHT = 3e-5, 2e-4
@@ -27,10 +29,10 @@ def independent_loop(setting, per_sample_mean=False, bad=()):
     Samples whose numbers are in `bad` are left out."""
     model = load_model(setting["model"])
     processor = Processor.from_pretrained(setting["model"])
-    path = setting["dataset"][0]
+    path = Path(setting["dataset"][0])
     lines = path.read_text().splitlines()
     samples = {
-        number: processor.encode(parse_line(line, "x", path.parent))
+        number: processor.encode(parse_line(line, "x", RowContext(path.parent)))
         for number, line in enumerate(lines)
         if number not in bad
     }
@@ -107,7 +109,8 @@ def test_two_ranks_with_zero_equal_one_process(plain_run, two_rank_run):
 
 @pytest.mark.parametrize("micro_batch", [1, 3, 6])
 def test_micro_batch_size_changes_nothing(setting, plain_run, tmp_path, micro_batch):
-    options = {"per_device_train_batch_size": micro_batch, "gradient_checkpointing": True}
+    options = {"plan": "samples", "per_device_train_batch_size": micro_batch}
+    options["gradient_checkpointing"] = True
     run = run_plain(setting, tmp_path / "run", **options)
     plain_losses = [line["loss"] for line in log_of(plain_run)]
     loss, weight = differences(run, plain_losses, weights_of(plain_run, 6))
@@ -158,15 +161,16 @@ def test_refused_step_leaves_schedule_and_weights(setting, tmp_path, monkeypatch
     """One poisoned loss: the plan moves on, the schedule does not."""
     import train.sft
 
-    honest, calls = train.sft.cross_entropy_sum, []
+    honest, calls = train.sft.cross_entropy, []
 
     def sometimes(hidden, *args):
         calls.append(1)
-        loss = honest(hidden, *args)
-        return loss * float("nan") if len(calls) == 9 else loss  # 1 is the warm-up, 3 a step
+        loss, losses = honest(hidden, *args)
+        wrong = float("nan") if len(calls) == 9 else 1.0  # 1 is the warm-up, 3 a step
+        return loss * wrong, losses * wrong
 
-    monkeypatch.setattr(train.sft, "cross_entropy_sum", sometimes)
-    run = run_plain(setting, tmp_path / "run", save_steps=1, save_total_limit=9)
+    monkeypatch.setattr(train.sft, "cross_entropy", sometimes)
+    run = run_plain(setting, tmp_path / "run", save_steps=1, save_total_limit=9, plan="samples")
     lines = log_of(run)
     assert [line["event"] for line in lines].count("refused") == 1
     refused = next(line["step"] for line in lines if line["event"] == "refused")
@@ -180,7 +184,7 @@ def test_refused_step_leaves_schedule_and_weights(setting, tmp_path, monkeypatch
 
 def test_weights_scale_the_sum_and_not_the_denominator(setting, tmp_path):
     """Every word weighed 0.5: the first step's loss falls, though its target count does not."""
-    path = setting["dataset"][0]
+    path = Path(setting["dataset"][0])
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     for row in rows:
         row["messages"][-1]["loss_scale"] = 0.5
@@ -188,6 +192,6 @@ def test_weights_scale_the_sum_and_not_the_denominator(setting, tmp_path):
     weighed.write_text("\n".join(json.dumps(row) for row in rows))
     options = {"max_steps": 1}
     full = log_of(run_plain(setting, tmp_path / "full", **options))[0]
-    half = log_of(run_plain(setting | {"dataset": [weighed]}, tmp_path / "half", **options))[0]
+    half = log_of(run_plain(setting | {"dataset": [str(weighed)]}, tmp_path / "half", **options))[0]
     assert half["targets"] == full["targets"]
     assert 0.5 < half["loss"] / full["loss"] < 0.9  # words count half, ends of turns in full

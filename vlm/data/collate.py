@@ -10,13 +10,19 @@ from vlm.data.processor import IGNORED, Example
 from vlm.vision import plan_vision
 
 
-def collate(examples: Sequence[Example], config: VLMConfig) -> Batch:
+def collate(
+    examples: Sequence[Example], config: VLMConfig, sources: Sequence[int] | None = None
+) -> Batch:
     """Pack examples one after the other: no padding, no batch axis.
+
+    Args:
+        sources: number of the source that each example is from; 0 for all where not given.
 
     A micro-batch without an image or video gets a blank dummy, and one without any sample a
     single token and no target: every rank must run both towers in every micro-batch.
     """
     names = tuple(example.id for example in examples)
+    sources = sources or [0] * max(len(examples), 1)
     if not examples:
         examples = [_blank(config)]
     ids = torch.cat([example.input_ids for example in examples])
@@ -33,11 +39,12 @@ def collate(examples: Sequence[Example], config: VLMConfig) -> Batch:
         side = config.vision.spatial_merge_size
         grids = [(1, side, side)]
         patches = torch.zeros(side**2, config.vision.patch_dim, dtype=torch.uint8)
+    lengths = [example.length for example in examples]
     visual = (ids == config.image_token_id) | (ids == config.video_token_id)
     return Batch(
         input_ids=ids,
         position_ids=torch.cat([example.position_ids for example in examples], dim=1),
-        segments=Segments.of([example.length for example in examples]),
+        segments=Segments.of(lengths),
         target_rows=rows,
         targets=targets[rows],
         weights=weights,
@@ -45,6 +52,7 @@ def collate(examples: Sequence[Example], config: VLMConfig) -> Batch:
         patches=patches,
         vision=plan_vision(grids, config.vision),
         ids=names,
+        sources=torch.tensor(sources).repeat_interleave(torch.tensor(lengths))[rows],
     )
 
 

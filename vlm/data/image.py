@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from vlm.config import VisionConfig
@@ -43,6 +43,8 @@ def open_image(source: Media) -> Image.Image:
         raise BadImage(f"{name} does not exist") from None
     except IsADirectoryError:
         raise BadImage(f"{name} is a directory") from None
+    except UnidentifiedImageError:  # its text has an address in it, another one on every rank
+        raise BadImage(f"{name} is not an image that can be read") from None
     except Exception as error:  # noqa: BLE001 - decoders raise all kinds on damaged files
         raise BadImage(f"{name} is not an image that can be read ({error})") from None
     if image.width * image.height > MAX_SOURCE_PIXELS:
@@ -124,12 +126,25 @@ def patchify(pixels: Tensor, config: VisionConfig) -> Tensor:
     side, merge, depth = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
     frames = pixels.reshape(-1, *pixels.shape[-3:])
     count, height, width, channels = frames.shape
-    grid = (count, height // side // merge, merge, side, width // side // merge, merge, side)
-    patches = frames.reshape(*grid, channels).permute(0, 1, 4, 2, 5, 7, 3, 6)
-    patches = patches.reshape(count, -1, channels, side, side)  # each frame's, in order
-    times = [patches[min(time, count - 1)] for time in range(count + -count % depth)]
-    groups = [times[first : first + depth] for first in range(0, len(times), depth)]
-    return torch.cat([torch.stack(group, dim=2) for group in groups]).flatten(1)
+    # Planes, as `resize` leaves them, two levels at a time where that goes: twice as fast.
+    word = torch.uint8 if side % 2 else torch.int16
+    planes = frames.permute(0, 3, 1, 2).contiguous().view(word)
+    grid = (
+        height // side // merge,
+        merge,
+        side,
+        width // side // merge,
+        merge,
+        side // word.itemsize,
+    )
+    patches = planes.view(count, channels, *grid).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    patches = patches.reshape(count, -1, channels, side * grid[-1])  # each frame's, in order
+    out = patches.new_empty(-(-count // depth), *patches.shape[1:3], depth, patches.shape[3])
+    for slot in range(depth):
+        given = patches[slot::depth]
+        out[: len(given), :, :, slot] = given
+        out[len(given) :, :, :, slot] = patches[-1]
+    return out.view(-1, channels * depth * side * grid[-1]).view(torch.uint8)
 
 
 def describe(source: Media, kind: str = "an image") -> str:

@@ -1,165 +1,298 @@
 """The index: where every sample lies and what it will take, without decoding a pixel.
 
-About 40 bytes a sample, so a million fit easily. Bad samples are found here as far as text
-and the headers of images and videos show them, and are left out.
+    python -m vlm.data.index DATA... --model DIR
+
+measures some data as training would, prints histogram, totals and what will be dropped and why,
+and leaves the measures in the cache that training reads. Exit code 2 is a mistake in what was
+asked for, told in one sentence. Bad samples are found here as far as text and the headers of
+images and videos show them.
 """
 
+import argparse
+import signal
+import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-from vlm.data.formats.messages import parse_line
+from vlm.checkpoint import CheckpointError
+from vlm.config import VLMConfig
+from vlm.cost import sample_flops_array
+from vlm.data.index_cache import IndexCache, Measures, default_cache_dir, processor_fingerprint
+from vlm.data.index_report import index_report
 from vlm.data.ledger import Entry
+from vlm.data.options import data_parser, open_data
 from vlm.data.processor import Processor, Sizes
 from vlm.data.schema import BadSample, Sample
-
-CHUNK_LINES = 256
-
-
-class DataError(ValueError):
-    """Data files that are missing, empty or of an unknown format."""
+from vlm.data.sources import Chunk, DataError, Place, Source
+from vlm.data.watch import DataWorkerError
+from vlm.hf_config import ConfigError
 
 
 @dataclass(frozen=True)
 class Index:
-    """Good samples, in the order of the files. Legend: n samples."""
+    """Good samples, in the order of the sources. Legend: n samples, m images and videos.
 
-    files: tuple[Path, ...]
+    34 bytes a sample and 12 an image or video: 46 MB for a million samples with an image each.
+    """
+
+    sources: tuple[Source, ...]
+    source: np.ndarray
+    """(n,) int16: number of the source."""
     file: np.ndarray
-    """(n,) int32: number of the file."""
+    """(n,) int32: number of the file in the source."""
     offset: np.ndarray
-    """(n,) int64: byte at which the line begins."""
+    """(n,) int64: as in Place; so is the next."""
     line: np.ndarray
-    """(n,) int64, from 1."""
+    """(n,) int32."""
     length: np.ndarray
     """(n,) int32: tokens."""
     targets: np.ndarray
     """(n,) int32: learnt tokens."""
     patches: np.ndarray
     """(n,) int32."""
-    cost: np.ndarray
-    """(n,) float64: useful FLOPs."""
+    media: np.ndarray
+    """(n,) int32: images and videos."""
+    grids: np.ndarray
+    """(m, 3) int32: time, height and width in patches, sample after sample."""
 
     def __len__(self) -> int:
         return len(self.length)
 
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Samples of each source."""
+        return tuple(np.bincount(self.source, minlength=len(self.sources)).tolist())
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the sources."""
+        return tuple(source.weight for source in self.sources)
+
+    def costs(self, config: VLMConfig, trains: Collection[str]) -> np.ndarray:
+        """(n,) float64: useful FLOPs, as `vlm.cost.sample_flops` has them."""
+        owners = np.repeat(np.arange(len(self)), self.media)
+        columns = (self.length, self.grids, owners, self.targets)
+        return sample_flops_array(config, *columns, trains)
+
     def fingerprint(self) -> str:
-        """Changes when a sample is added, removed, moved or measured otherwise."""
-        columns = (self.file, self.offset, self.length, self.targets, self.patches)
-        return sha256(b"".join(column.tobytes() for column in columns)).hexdigest()[:16]
+        """Changes when a sample is added, removed, moved, measured or weighed otherwise."""
+        columns = (self.source, self.file, self.offset, self.length, self.targets, self.patches)
+        content = sha256(repr(self.weights).encode())
+        content.update(b"".join(column.tobytes() for column in columns))
+        return content.hexdigest()[:16]
+
+    def sample_id(self, number: int) -> str:
+        files = self.sources[self.source[number]].files
+        return f"{files[self.file[number]]}:{self.line[number]}"
 
     def sample(self, number: int) -> Sample:
         """Read one sample; BadSample where the file has changed for the worse."""
-        path = self.files[self.file[number]]
-        with path.open("rb") as file:
-            file.seek(int(self.offset[number]))
-            line = file.readline()
-        return parse_line(line, f"{path}:{self.line[number]}", path.parent)
+        place = (int(column[number]) for column in (self.file, self.offset, self.line))
+        return self.sources[self.source[number]].read(Place(*place))
 
 
 def build_index(
-    files: Sequence[Path | str],
+    sources: Sequence[Source],
     processor: Processor,
-    cost: Callable[[Sizes], float],
     workers: int = 1,
+    cache_dir: Path | None = None,
+    rebuild: bool = False,
 ) -> tuple[Index, list[Entry]]:
-    """Measure every sample of some JSONL files.
+    """Measure every sample, but for those that the cache knows.
+
+    The rows of the data are all read and hashed; of what is known neither text nor headers of
+    media are looked at again. Where an image changed under its path, the loader finds it.
 
     Args:
-        cost: FLOPs of a sample of given sizes.
         workers: processes that share the work; 1 is this one alone.
+        cache_dir: None for no cache.
+        rebuild: measure everything, and replace what the cache has of these sources.
 
     Returns:
         The index of the good samples, and an entry for each bad one.
 
     Raises:
-        DataError: a file that is missing or not JSONL, or no good sample at all.
+        DataError: data that cannot be read, or no good sample at all.
+        DataWorkerError: a process died.
     """
-    paths = tuple(Path(file) for file in files)
-    for path in paths:
-        if path.suffix != ".jsonl":
-            raise DataError(f"{path}: only .jsonl files are read (one sample a line)")
-        if not path.is_file():
-            raise DataError(f"{path} does not exist")
-    rows, bad = [], []
-    with tqdm(desc="index", unit=" samples", disable=None) as bar:
-        for good, entries in _measured(paths, processor, cost, workers):
-            rows += good
-            bad += entries
-            bar.update(len(good) + len(entries))
-    if not rows:
+    fingerprint = processor_fingerprint(processor) if cache_dir else ""
+    ahead = 4 * workers if workers > 1 else 0
+    parts, places, bad = [], [np.zeros((0, 4), np.int64)], []
+    bar = tqdm(desc="index", unit=" samples", disable=None)
+    with bar, _executor(tuple(sources), processor, workers) as executor:
+        for number, source in enumerate(sources):
+            cache = IndexCache(cache_dir, fingerprint, source, rebuild)
+            try:
+                results = _measured(number, source, cache, executor, ahead)
+                for chunk, measures, reasons in results:
+                    parts.append(measures)
+                    found = [(number, p.file, p.offset, p.line) for p in chunk.places]
+                    places.append(np.array(found, np.int64)[measures.row])
+                    bad += [
+                        Entry(f"{source.files[p.file]}:{p.line}", reasons[row], "index")
+                        for row, p in enumerate(chunk.places)
+                        if row in reasons
+                    ]
+                    bar.update(len(chunk.rows))
+            finally:
+                cache.save()  # interrupted: what is measured stays measured
+    if not sum(len(part.row) for part in parts):
+        names = ", ".join(str(file) for source in sources for file in source.files)
         reason = f"; the first: {bad[0].id}: {bad[0].reason}" if bad else ""
-        raise DataError(f"no sample to learn from in {', '.join(map(str, paths))}{reason}")
-    columns = [np.array(column) for column in zip(*rows, strict=True)]
-    kinds = (np.int32, np.int64, np.int64, np.int32, np.int32, np.int32, np.float64)
-    fields = (column.astype(kind) for column, kind in zip(columns, kinds, strict=True))
-    return Index(paths, *fields), bad
+        raise DataError(f"no sample to learn from in {names}{reason}")
+    whole = Measures.joined(parts)
+    source, file, offset, line = np.concatenate(places).T
+    owners = np.repeat(np.arange(len(whole.row)), whole.media)
+    patches = np.bincount(owners, whole.grids.prod(axis=1), len(whole.row))
+    index = Index(
+        tuple(sources),
+        source.astype(np.int16),
+        file.astype(np.int32),
+        np.ascontiguousarray(offset),
+        line.astype(np.int32),
+        whole.length,
+        whole.targets,
+        patches.astype(np.int32),
+        whole.media,
+        whole.grids,
+    )
+    return index, bad
 
 
-def _measured(paths, processor: Processor, cost, workers: int):
-    """(rows, bad entries) of each chunk of lines, in order."""
-    chunks = chain.from_iterable(_chunks(number, path) for number, path in enumerate(paths))
-    if workers <= 1:
-        for number, path, lines in chunks:
-            yield _measure_chunk(number, path, lines, processor, cost)
-        return
-    initial = (processor, cost)
-    context = get_context("fork")
-    with ProcessPoolExecutor(workers, context, initializer=_remember, initargs=initial) as pool:
-        pending = deque()  # a few chunks ahead: Executor.map would read the whole file first
-        for chunk in chunks:
-            pending.append(pool.submit(_measure_remembered, chunk))
-            if len(pending) > 4 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+Result = tuple[dict[int, Sizes], dict[int, str]]
+"""Sizes of a chunk's good rows and reasons of its bad ones, by their number in the chunk."""
 
 
-def _chunks(number: int, path: Path) -> Iterator[tuple[int, Path, list[tuple[int, int, bytes]]]]:
-    """Lines of a file, a few at a time, each with its number and byte offset."""
-    chunk, offset = [], 0
-    with path.open("rb") as file:
-        for line_number, line in enumerate(file, start=1):
-            if line.strip():
-                chunk.append((line_number, offset, line))
-            offset += len(line)
-            if len(chunk) == CHUNK_LINES:
-                yield number, path, chunk
-                chunk = []
-    if chunk:
-        yield number, path, chunk
+def _measured(
+    number: int, source: Source, cache: IndexCache, executor: Executor, ahead: int
+) -> Iterator[tuple[Chunk, Measures, dict[int, str]]]:
+    """Measures and bad rows of each chunk, in order.
 
+    Only a few chunks are read ahead: data with images inside may be larger than the memory.
+    """
+    pending: deque[tuple[Chunk, Measures, Future[Result]]] = deque()
 
-def _measure_chunk(number: int, path: Path, lines, processor: Processor, cost):
-    rows, bad = [], []
-    for line_number, offset, line in lines:
-        sample_id = f"{path}:{line_number}"
+    def finish() -> tuple[Chunk, Measures, dict[int, str]]:
+        chunk, known, future = pending.popleft()
         try:
-            sizes = processor.measure(parse_line(line, sample_id, path.parent))
+            sizes, reasons = future.result()
+        except BrokenProcessPool:
+            place = chunk.places[0]
+            raise DataWorkerError(
+                f"a process that indexes the data died, at or soon after "
+                f"{source.files[place.file]}:{place.line}; is memory short, or a file broken? "
+                "Fewer dataset_num_proc take less memory"
+            ) from None
+        measures = known.merged(Measures.of(sizes))
+        cache.put(chunk.digest, measures)
+        return chunk, measures, reasons
+
+    for chunk in source.chunks():
+        known = cache.get(chunk.digest)
+        done = set(known.row.tolist())
+        new = [row for row in range(len(chunk.rows)) if row not in done]
+        if new:
+            rows = [(row, chunk.rows[row], chunk.places[row]) for row in new]
+            future = executor.submit(_measure, number, rows)
+        else:
+            future = Future()
+            future.set_result(({}, {}))
+        pending.append((chunk, known, future))
+        if len(pending) > ahead:
+            yield finish()
+    while pending:
+        yield finish()
+
+
+def _measure(number: int, rows: list[tuple[int, object, Place]]) -> Result:
+    """Measure rows of a source, in the process that `_remember` prepared."""
+    sources, processor = _state
+    sizes, reasons = {}, {}
+    for row, raw, place in rows:
+        try:
+            sizes[row] = processor.measure(sources[number].parse(raw, place))
         except BadSample as error:
-            bad.append(Entry(sample_id, error.reason, "index"))
-            continue
-        patches = sum(t * h * w for t, h, w in sizes.grid_thw)
-        place = (number, offset, line_number)
-        rows.append((*place, sizes.length, sizes.targets, patches, cost(sizes)))
-    return rows, bad
+            reasons[row] = error.reason
+    return sizes, reasons
 
 
-_worker: tuple = ()
+_state: tuple = ()
 
 
 def _remember(*state) -> None:
-    global _worker
-    _worker = state
+    global _state
+    _state = state
 
 
-def _measure_remembered(chunk):
-    return _measure_chunk(*chunk, *_worker)
+def _begin_worker(*state) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+    _remember(*state)
+
+
+@contextmanager
+def _executor(sources: tuple[Source, ...], processor: Processor, workers: int):
+    state = (sources, processor)
+    if workers <= 1:
+        _remember(*state)
+        try:
+            yield _Here()
+        finally:
+            _remember()
+        return
+    pool = ProcessPoolExecutor(workers, get_context("fork"), _begin_worker, state)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _Here(Executor):
+    """This process alone, at once."""
+
+    def submit(self, work, /, *arguments) -> Future:
+        future = Future()
+        future.set_result(work(*arguments))
+        return future
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = data_parser("index", __doc__)
+    add = parser.add_argument
+    add("--dataset_num_proc", type=int, default=8, help="processes that share the work")
+    add("--rebuild", action="store_true", help="measure anew what the cache knows")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    torch.set_num_threads(1)
+    try:
+        options = parse_arguments(arguments)
+        sources, processor = open_data(options)
+        workers, folder = options.dataset_num_proc, default_cache_dir()
+        index, bad = build_index(sources, processor, workers, folder, options.rebuild)
+    except (ConfigError, CheckpointError, DataError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except DataWorkerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; what was measured is in the cache", file=sys.stderr)
+        return 130
+    print(index_report(index, bad))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

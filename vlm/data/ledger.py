@@ -23,9 +23,13 @@ class Entry:
 class Ledger:
     """`ledger.jsonl` of a run. Reading it back makes a restarted run skip the same samples."""
 
-    def __init__(self, path: Path, writes: bool = True) -> None:
-        """`writes` is False on all ranks but one; every rank records the same entries."""
-        self.path, self.writes = path, writes
+    def __init__(self, path: Path, writes: bool = True, strict: bool = False) -> None:
+        """
+        Args:
+            writes: False on all ranks but one; every rank records the same entries.
+            strict: `check` accepts no bad sample at all.
+        """
+        self.path, self.writes, self.strict = path, writes, strict
         self.entries: dict[str, Entry] = {}
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -46,12 +50,19 @@ class Ledger:
                     file.write(json.dumps(asdict(entry)) + "\n")
 
     def check(self, samples: int, max_bad_fraction: float) -> None:
-        """TooManyBadSamples, with a summary, where the share of bad ones is too large.
+        """TooManyBadSamples, with a summary, where the share of bad ones is too large; where the
+        ledger is strict, with the first one.
 
         Args:
             samples: all samples of the data, good and bad.
         """
         bad = len(self.entries)
+        if bad and self.strict:
+            first = next(iter(self.entries.values()))
+            raise TooManyBadSamples(
+                f"{first.id}: {first.reason}; on_bad is error, so the run stops; mend or remove "
+                "the sample, or use on_bad skip"
+            )
         if bad > max_bad_fraction * samples:
             first = next(iter(self.entries.values()))
             kinds = Counter(entry.found for entry in self.entries.values())

@@ -2,9 +2,12 @@
 
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -12,9 +15,12 @@ from vlm.batch import Batch
 from vlm.data.collate import collate
 from vlm.data.index import Index
 from vlm.data.ledger import Entry
-from vlm.data.plan import Position, arrange, batches_per_epoch, global_batch
-from vlm.data.processor import Example, Processor
+from vlm.data.pack import Budget
+from vlm.data.plan import Plan, Position
+from vlm.data.processor import IGNORED, Example, Processor
 from vlm.data.schema import BadSample
+from vlm.data.sources import DataError
+from vlm.data.watch import DataWorkerError, Watch
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,10 @@ class Step:
     """Samples found bad at decoding, which the micro-batches lack."""
     flops: float
     """Useful FLOPs of the samples, by the index."""
+    skipped_targets: int
+    """Targets of text alone that the plan leaves out; the first rank answers for them all."""
+    sources: int
+    """How many the data has."""
 
     @property
     def ids(self) -> list[str]:
@@ -44,11 +54,52 @@ class Step:
     @property
     def targets(self) -> int:
         """This rank's share of the loss's denominator. Weights scale the sum, not the count."""
-        return sum(len(batch.targets) for batch in self.micro_batches)
+        return self.skipped_targets + sum(len(batch.targets) for batch in self.micro_batches)
+
+    @property
+    def targets_by_source(self) -> list[int]:
+        """Those that the loss is computed at."""
+        counts = torch.zeros(self.sources, dtype=torch.int64)
+        for batch in self.micro_batches:
+            counts += torch.bincount(batch.sources, minlength=self.sources)
+        return counts.tolist()
 
     def pin_memory(self) -> "Step":
         """The DataLoader's hook: pinned, so that the copy to the device is asynchronous."""
         return replace(self, micro_batches=[batch.pin_memory() for batch in self.micro_batches])
+
+
+def make_plan(
+    index: Index,
+    costs: np.ndarray,
+    global_batch_size: int,
+    seed: int,
+    world: int,
+    budget: Budget,
+    skips_text: bool = False,
+) -> Plan:
+    """The plan of indexed data; arguments as in `Plan`, costs from `Index.costs`.
+
+    DataError where it would skip every sample.
+    """
+    if skips_text and not index.patches.any():
+        raise DataError(
+            "no sample has an image or video, so there is nothing to learn while the language "
+            "model is frozen"
+        )
+    return Plan(
+        lengths=index.length,
+        patches=index.patches,
+        targets=index.targets,
+        costs=costs,
+        counts=index.counts,
+        weights=index.weights,
+        global_batch_size=global_batch_size,
+        seed=seed,
+        world=world,
+        budget=budget,
+        skips_text=skips_text,
+    )
 
 
 @dataclass(frozen=True)
@@ -57,73 +108,122 @@ class StepDataset(Dataset):
 
     index: Index
     processor: Processor
-    global_batch_size: int
-    per_device_batch: int
-    seed: int
+    plan: Plan
     rank: int
-    world: int
+    watch: Watch | None = None
+
+    @property
+    def sources(self) -> list[str]:
+        """Their names."""
+        return [source.name for source in self.index.sources]
 
     def __getitem__(self, position: Position) -> Step:
-        numbers = global_batch(len(self.index), self.global_batch_size, self.seed, position)
-        ranks = arrange(self.index.cost[numbers], self.world, self.per_device_batch)
         bad: list[Entry] = []
-        micro_batches = []
-        for places in ranks[self.rank]:
-            examples = [self._example(int(numbers[place]), bad) for place in places]
-            good = [example for example in examples if example is not None]
-            micro_batches.append(collate(good, self.processor.config))
-        mine = [place for places in ranks[self.rank] for place in places]
-        flops = float(self.index.cost[numbers[mine]].sum())
-        return Step(position, micro_batches, bad, flops)
+        mine = self.plan.ranks(position)[self.rank]
+        return Step(
+            position,
+            [self._batch(numbers, bad) for numbers in mine],
+            bad,
+            flops=sum(float(self.plan.costs[numbers].sum()) for numbers in mine),
+            skipped_targets=0 if self.rank else self.plan.skipped_targets(position),
+            sources=len(self.sources),
+        )
+
+    def costliest(self) -> Batch:
+        """The micro-batch that takes most memory (`Plan.costliest`)."""
+        return self._batch(self.plan.costliest(), [])
+
+    def _batch(self, numbers: list[int], bad: list[Entry]) -> Batch:
+        examples = [(self._example(number, bad), self.index.source[number]) for number in numbers]
+        good = [(example, source) for example, source in examples if example is not None]
+        sources = [int(source) for _, source in good]
+        return collate([example for example, _ in good], self.processor.config, sources)
 
     def _example(self, number: int, bad: list[Entry]) -> Example | None:
+        if self.watch:
+            self.watch.at(number)
         try:
-            return self.processor.encode(self.index.sample(number))
+            example = self.processor.encode(self.index.sample(number))
+            self._compare(example, number)
+            return example
         except BadSample as error:
             bad.append(Entry(error.sample_id, error.reason, "decoding"))
             return None
+        finally:
+            if self.watch:
+                self.watch.at(-1)
 
-    def costliest(self) -> Batch:
-        """The micro-batch that takes most memory: the costliest samples of the data together."""
-        order = self.index.cost.argsort(kind="stable")[::-1]
-        chosen: list[Example] = []
-        for number in order:
-            example = self._example(int(number), [])
-            if example is not None:
-                chosen.append(example)
-            if len(chosen) == self.per_device_batch:
-                break
-        return collate(chosen, self.processor.config)
+    def _compare(self, example: Example, number: int) -> None:
+        """BadSample where the index told other sizes: the plan's budgets rely on them."""
+        learnt = int((example.targets != IGNORED).sum())
+        found = (example.length, learnt, len(example.patches))
+        columns = (self.index.length, self.index.targets, self.index.patches)
+        told = tuple(int(column[number]) for column in columns)
+        if found != told:
+            raise BadSample(
+                example.id,
+                "has {} tokens ({} learnt) and {} patches".format(*found)
+                + ", but had {} ({}) and {} when it was indexed; ".format(*told)
+                + "its files have changed since",
+            )
 
 
-def make_loader(
-    dataset: StepDataset, start: Position, workers: int, pin_memory: bool = False
-) -> DataLoader:
-    """Steps from `start` on, epoch after epoch without end. Any position starts at once."""
-    if workers:
-        _allow_open_files()
+@contextmanager
+def open_loader(
+    dataset: StepDataset,
+    start: Position,
+    workers: int = 0,
+    pin_memory: bool = False,
+    timeout: float = 600,
+) -> Iterator[Iterator[Step]]:
+    """Steps from `start` on, epoch after epoch without end. Any position starts at once.
+
+    Args:
+        workers: processes that read ahead, two steps each; with 0 nothing is read ahead.
+        timeout: seconds to wait for a step before the workers are called stuck.
+
+    Raises (anywhere inside the `with` block):
+        DataWorkerError: a worker died or is stuck. Any error ends the workers at once.
+    """
+    if not workers:
+        yield iter(_loader(dataset, start, workers=0, pin_memory=pin_memory))
+        return
+    _allow_open_files()
+    watch = Watch(workers)
+    dataset = replace(dataset, watch=watch)
+    try:
+        yield iter(_loader(dataset, start, workers, pin_memory, timeout))
+    except BaseException as error:
+        watch.kill()
+        message = watch.explain(error, dataset.index.sample_id)
+        if message is None:
+            raise
+        raise DataWorkerError(message) from error
+
+
+def _loader(dataset, start, workers, pin_memory, timeout=0) -> DataLoader:
     return DataLoader(
         dataset,
-        sampler=_Positions(dataset, start),
+        sampler=_Positions(dataset.plan, start),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=2 if workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_one_thread,
+        timeout=timeout,
+        worker_init_fn=partial(_begin, dataset.watch) if workers else None,
         multiprocessing_context="fork" if workers else None,
     )
 
 
 @dataclass(frozen=True)
 class _Positions:
-    dataset: StepDataset
+    plan: Plan
     start: Position
 
     def __iter__(self) -> Iterator[Position]:
-        size = batches_per_epoch(len(self.dataset.index), self.dataset.global_batch_size)
         for epoch in count(self.start.epoch):
             first = self.start.batch if epoch == self.start.epoch else 0
-            for batch in range(first, size):
+            for batch in range(first, self.plan.steps_per_epoch):
                 yield Position(epoch, batch)
 
 
@@ -133,6 +233,6 @@ def _allow_open_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _one_thread(_worker: int) -> None:
-    """Workers share the machine with the trainer."""
-    torch.set_num_threads(1)
+def _begin(watch: Watch, worker: int) -> None:
+    torch.set_num_threads(1)  # workers share the machine with the trainer
+    watch.enter(worker)

@@ -1,6 +1,6 @@
 """Sample -> Example: tokens, targets, positions and pixels; the same in training and in chat."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -11,16 +11,16 @@ from torch import Tensor
 
 from vlm.checkpoint import CheckpointError
 from vlm.config import VLMConfig
-from vlm.data.chat import DEFAULT_SYSTEM, Span, render, render_prompt
+from vlm.data.chat import DEFAULT_SYSTEM, Span, Think, render, render_prompt
+from vlm.data.grounding import place_boxes
 from vlm.data.limits import Limits
 from vlm.data.media import TAGS, Grid, MediaReader, Medium
 from vlm.data.schema import IMAGE_TAG, VIDEO_TAG, BadSample, Sample
 from vlm.hf_config import read_config, read_json
+from vlm.model_files import MEDIA_TOKENS, check_settings, check_tokenizer
 from vlm.rope import mrope_positions
-from vlm.vision import IMAGE_MEAN, IMAGE_STD
 
 IGNORED = -100
-MEDIA_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 Truncation = Literal["delete", "left", "right"]
 
 
@@ -71,25 +71,24 @@ class Processor:
         max_length: int | None = None,
         truncation: Truncation = "delete",
         default_system: str = DEFAULT_SYSTEM,
+        think: Think = "keep",
     ) -> None:
-        if truncation not in get_args(Truncation):
-            raise ValueError(f"truncation {truncation!r} is not one of {get_args(Truncation)}")
+        for name, value, choices in (
+            ("truncation", truncation, get_args(Truncation)),
+            ("think", think, get_args(Think)),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} {value!r} is not one of {choices}")
         tokenizer.no_truncation()  # what tokenizer.json may say of lengths is not ours
         tokenizer.no_padding()
         self.config, self.tokenizer, self.stop_ids = config, tokenizer, stop_ids
         self.limits, self.reader = limits, MediaReader(config.vision, limits)
         self.max_length, self.truncation = max_length, truncation
-        self.default_system = default_system
+        self.default_system, self.think = default_system, think
         ids = (config.vision_start_token_id, config.vision_end_token_id)
         ids += (config.image_token_id, config.video_token_id)
         self._media_ids = frozenset(ids)
         self._media_tokens = [*MEDIA_TOKENS, "<|vision_pad|>"]
-        for token, index in zip(MEDIA_TOKENS, ids, strict=True):
-            if tokenizer.token_to_id(token) != index:
-                raise CheckpointError(
-                    f"{token} is {tokenizer.token_to_id(token)} in the tokenizer, but {index} in "
-                    "config.json; they belong to different models"
-                )
 
     @classmethod
     def from_pretrained(
@@ -107,16 +106,15 @@ class Processor:
         path = folder / "tokenizer.json"
         if not path.exists():
             raise CheckpointError(f"{path} does not exist; the model needs its tokenizer")
-        settings = folder / "preprocessor_config.json"
-        if settings.exists():
-            _check_normalisation(read_json(settings), settings)
-        tokenizer = Tokenizer.from_file(str(path))
+        config, tokenizer = read_config(folder), Tokenizer.from_file(str(path))
+        check_tokenizer(path, tokenizer, config)
+        check_settings(folder, config)
         stop_ids = _stop_ids(folder, tokenizer)
-        return cls(read_config(folder), tokenizer, stop_ids, limits, **options)
+        return cls(config, tokenizer, stop_ids, limits, **options)
 
     def encode(self, sample: Sample) -> Example:
         """A training example; BadSample where nothing can be learnt from it."""
-        example = self._example(sample, render(sample, self.default_system))
+        example = self._example(sample, self._training_spans)
         if not (example.targets != IGNORED).any():
             raise BadSample(sample.id, "has nothing to learn")
         return example
@@ -127,12 +125,16 @@ class Processor:
         Args:
             answer_prefix: words that the answer begins with, which are not generated.
         """
-        return self._example(sample, render_prompt(sample, self.default_system, answer_prefix))
+
+        def spans(placed: Sample) -> list[Span]:
+            return render_prompt(placed, self.default_system, answer_prefix, self.think)
+
+        return self._example(sample, spans)
 
     def measure(self, sample: Sample) -> Sizes:
         """Sizes of `encode(sample)` from the headers of its media; raises as it does."""
         media = self.reader.measure(sample)
-        ids, targets, _ = self._tokens(sample, render(sample, self.default_system), media)
+        ids, targets, _ = self._tokens(sample, self._training_spans, media)
         count = sum(target != IGNORED for target in targets)
         if not count:
             raise BadSample(sample.id, "has nothing to learn")
@@ -141,7 +143,10 @@ class Processor:
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    def _example(self, sample: Sample, spans: list[Span]) -> Example:
+    def _training_spans(self, sample: Sample) -> list[Span]:
+        return render(sample, self.default_system, self.think)
+
+    def _example(self, sample: Sample, spans: Callable[[Sample], list[Span]]) -> Example:
         media, patches = self.reader.read(sample)
         ids, targets, weights = self._tokens(sample, spans, media)
         input_ids = torch.tensor(ids)
@@ -160,13 +165,13 @@ class Processor:
         )
 
     def _tokens(
-        self, sample: Sample, spans: list[Span], media: list[Medium]
+        self, sample: Sample, spans: Callable[[Sample], list[Span]], media: list[Medium]
     ) -> tuple[list[int], list[int], list[float]]:
         """Ids, shifted targets and their weights, truncated."""
         start, end = self.config.vision_start_token_id, self.config.vision_end_token_id
         ids, weights = [], []
         remaining = iter(media)
-        for span in spans:
+        for span in spans(place_boxes(sample, media, self.config.vision.patch_size)):
             for number, text in enumerate(TAGS.split(span.text)):
                 if number:
                     medium = next(remaining, None)
@@ -220,9 +225,3 @@ def _stop_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     if ends is None:
         ends = tokenizer.token_to_id("<|im_end|>")
     return tuple(ends) if isinstance(ends, list) else (ends,)
-
-
-def _check_normalisation(settings: dict, path: Path) -> None:
-    for key, expected in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
-        if key in settings and tuple(settings[key]) != expected:
-            raise CheckpointError(f"{path}: {key} is {settings[key]}, the tower's is {expected}")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 IMAGE_TAG = "<image>"
 VIDEO_TAG = "<video>"
-ROLES = ("system", "user", "assistant")
+BOX_TAG = "<bbox>"
+ROLES = ("system", "user", "assistant", "tool_call", "tool")
 
 Media = Path | bytes
 """An image: a file, or the encoded bytes themselves."""
@@ -21,6 +22,7 @@ class BadSample(ValueError):
     """One sample that cannot be learnt from, and why; the run records it and goes on."""
 
     def __init__(self, sample_id: str, reason: str) -> None:
+        reason = reason.replace("\n", "\\n")  # it may quote a row's names and texts
         super().__init__(f"{sample_id}: {reason}")
         self.sample_id, self.reason = sample_id, reason
 
@@ -28,21 +30,39 @@ class BadSample(ValueError):
 @dataclass(frozen=True)
 class Message:
     role: str
+    """One of ROLES: the assistant's calls of tools are messages of their own, `tool_call`, as the
+    text that the model writes; what a tool answers is `tool`."""
     content: str
-    """Text, with an `<image>` or `<video>` tag where each of them stands."""
+    """Text, with an `<image>`, `<video>` or `<bbox>` tag where each of them stands."""
     weight: float | None = None
     """Weight of this turn in the loss; None for the default (assistant 1, others 0)."""
 
 
 @dataclass(frozen=True)
+class Box:
+    """A box or a point in one of the images, which the text gives as the model sees the image."""
+
+    numbers: tuple[float, ...]
+    """(x, y) or (left, top, right, bottom), in pixels of the image as it is upright."""
+    image: int = 0
+    """Its number among the images."""
+    is_share: bool = False
+    """The numbers are shares of width and height, in 0..1."""
+
+
+@dataclass(frozen=True)
 class Sample:
-    """A conversation with its images and videos, each in the order of their tags."""
+    """A conversation with its images, videos and boxes, each in the order of their tags."""
 
     id: str
-    """`file:line`, for messages."""
+    """`file:line`, or `dataset:row` of a table."""
     messages: tuple[Message, ...]
     images: tuple[Media, ...] = ()
     videos: tuple[Video, ...] = ()
+    tools: tuple[str, ...] = ()
+    """Tools that the assistant may call, each as the line of JSON that the model reads."""
+    boxes: tuple[Box, ...] = ()
+    """Empty where `<bbox>` is a text like any other."""
 
 
 def check_sample(sample: Sample) -> Sample:
@@ -52,17 +72,21 @@ def check_sample(sample: Sample) -> Sample:
     for number, message in enumerate(sample.messages):
         if message.role not in ROLES:
             raise BadSample(
-                sample.id, f"message {number} has role {message.role!r}; use {', '.join(ROLES)}"
+                sample.id, f"message {number} has role {message.role!r:.80}; use {', '.join(ROLES)}"
             )
         if message.role == "system" and number > 0:
             raise BadSample(sample.id, f"message {number} is a system message; only the first may")
-    for number, message in enumerate(sample.messages):
+    texts = [(f"message {n}", message.content) for n, message in enumerate(sample.messages)]
+    for place, text in [*texts, *(("tools", tool) for tool in sample.tools)]:
         try:
-            message.content.encode("utf-8")
+            text.encode("utf-8")
         except UnicodeEncodeError:
             raise BadSample(
-                sample.id, f"message {number} has half of a surrogate pair, which is no text"
+                sample.id, f"{place} has half of a surrogate pair, which is no text"
             ) from None
+    for tag in (IMAGE_TAG, VIDEO_TAG):
+        if any(tag in tool for tool in sample.tools):
+            raise BadSample(sample.id, f"tools have {tag} in their text, where no {tag[1:-1]} is")
     for tag, media in ((IMAGE_TAG, sample.images), (VIDEO_TAG, sample.videos)):
         tags = sum(message.content.count(tag) for message in sample.messages)
         if tags != len(media):

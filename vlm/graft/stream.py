@@ -1,78 +1,87 @@
-"""The plan carried out: tensor by tensor from safetensors to safetensors."""
+"""The plan carried out: from the donors' files to the hybrid's, never a model in memory."""
 
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from vlm.checkpoint import TensorReader, save_model, write_json
-from vlm.graft.plan import EMBEDDING, MERGER, Step, derive_config, plan_tensors
+from vlm.checkpoint import TensorReader, write_json
+from vlm.graft.donors import check_donor_tensors, read_donor_configs
+from vlm.graft.fresh import fresh_tensors
+from vlm.graft.identity import Identities, fingerprint
+from vlm.graft.options import BuildOptions
+from vlm.graft.plan import Step, derive_config, plan_tensors
 from vlm.graft.report import REPORT, describe
-from vlm.graft.tokenizer import choose_tokenizer, write_companions
-from vlm.hf_config import ConfigError, parse_config, parse_text_config, read_json
-from vlm.model import initialise
-from vlm.vision import PatchMerger
+from vlm.graft.tokenizer import choose_tokenizer, load_tokenizer, write_companions
+from vlm.hf_config import ConfigError, parse_config, parse_text_config
+from vlm.model_files import check_settings, check_tokenizer
+from vlm.shards import Entry, plan_shards, write_checkpoint
 
 
-def build(vision_dir: Path, llm_dir: Path, out_dir: Path, seed: int = 0) -> dict:
+def build(
+    vision_dir: Path | str,
+    llm_dir: Path | str,
+    out_dir: Path | str,
+    options: BuildOptions = BuildOptions(),  # noqa: B008 - frozen
+) -> dict:
     """Graft the vision donor's tower onto the language donor; returns the report.
 
-    Everything is checked before the first byte is written, and `out_dir` appears whole or not
-    at all.
-
-    Args:
-        seed: of the fresh merger; the same seed gives the same bytes.
+    Everything is checked before the first byte is written, and `out_dir` appears whole or not at
+    all. Killed, it leaves `out_dir`.partial, which the same build takes up again; equal donors
+    and options give equal bytes either way.
 
     Raises:
         ConfigError, CheckpointError: one sentence about what does not fit.
     """
-    if Path(out_dir).exists():
+    vision_dir, llm_dir, out_dir = Path(vision_dir), Path(llm_dir), Path(out_dir)
+    if out_dir.exists():
         raise ConfigError(f"{out_dir} exists; remove it or choose another --out")
-    vision_raw, llm_raw = (read_json(Path(d) / "config.json") for d in (vision_dir, llm_dir))
-    parse_config(vision_raw, Path(vision_dir) / "config.json")
-    llm_config = parse_text_config(llm_raw, Path(llm_dir) / "config.json")
-    choice = choose_tokenizer(Path(vision_dir), Path(llm_dir))
-    config = derive_config(vision_raw, llm_raw, max(llm_config.vocab_size, choice.size))
-    vision, llm = TensorReader(vision_dir), TensorReader(llm_dir)
-    steps = plan_tensors(config, vision, llm)
-    fresh = fresh_tensors(steps, config, seed, llm.get(EMBEDDING).dtype)
-    report = describe(steps, config, choice, fresh, Path(vision_dir), Path(llm_dir), seed)
-    with tempfile.TemporaryDirectory() as folder:
-        companions = Path(folder)
-        write_companions(companions, choice, Path(vision_dir))
-        write_json(companions / REPORT, report)
-        save_model(out_dir, carry_out(steps, fresh, vision, llm), companions, config)
+    vision_raw, llm_raw = read_donor_configs(vision_dir, llm_dir)
+    readers = {"vision": TensorReader(vision_dir), "llm": TensorReader(llm_dir)}
+    check_donor_tensors(vision_raw, readers["vision"], llm_raw, readers["llm"])
+    choice = choose_tokenizer(vision_dir, llm_dir)
+    rows = max(parse_text_config(llm_raw).vocab_size, choice.size)
+    config = derive_config(vision_raw, llm_raw, rows, options)
+    hybrid, tokenizer = parse_config(config), load_tokenizer(choice.folder)
+    check_tokenizer(choice.folder / "tokenizer.json", tokenizer, hybrid)
+    check_settings(vision_dir, hybrid)
+    steps = plan_tensors(config, readers["vision"], readers["llm"], options)
+    fresh = fresh_tensors(steps, config, options.seed)
+    shards = plan_shards(make_entries(steps, fresh, readers), options.max_shard_size)
+    report: dict = {}
+    try:
+        with tempfile.TemporaryDirectory() as companions, Identities(readers, shards) as identities:
+            write_companions(Path(companions), choice, vision_dir)
+
+            def finish(folder: Path) -> None:
+                found = identities.result()
+                report.update(
+                    describe(steps, config, choice, fresh, found, options, readers["llm"])
+                )
+                write_json(folder / REPORT, report)
+                for file in Path(companions).iterdir():
+                    shutil.copyfile(file, folder / file.name)
+                write_json(folder / "config.json", config)
+
+            write_checkpoint(out_dir, shards, finish, fingerprint(shards), label="graft")
+    except OSError as error:
+        where = error.filename or out_dir
+        raise ConfigError(
+            f"{where}: {error.strerror}; the same command goes on from what {out_dir}.partial holds"
+        ) from None
     return report
 
 
-def fresh_tensors(
-    steps: list[Step], config: dict, seed: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """The merger, and the rows that new tokens add, from one seed."""
-    generator = torch.Generator().manual_seed(seed)
-    merger = PatchMerger(parse_config(config).vision)
-    initialise(merger, generator, config["vision_config"].get("initializer_range", 0.02))
-    fresh = {MERGER + name: tensor.to(dtype) for name, tensor in merger.state_dict().items()}
-    std = config["text_config"].get("initializer_range", 0.02)
+def make_entries(
+    steps: Sequence[Step], fresh: dict[str, Tensor], readers: dict[str, TensorReader]
+) -> list[Entry]:
+    """What is written, in the plan's order; a resized tensor is the donor's rows, then ours."""
+    entries = []
     for step in steps:
-        if step.action == "resized":
-            rows = torch.empty(step.added_rows, step.shape[1])
-            fresh[step.name] = rows.normal_(0.0, std, generator=generator).to(dtype)
-    return fresh
-
-
-def carry_out(
-    steps: list[Step], fresh: dict[str, Tensor], vision: TensorReader, llm: TensorReader
-) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of the hybrid, in the plan's order."""
-    readers = {"vision": vision, "llm": llm}
-    for step in steps:
-        if step.action == "copied":
-            yield step.name, readers[step.donor].get(step.name)
-        elif step.action == "initialised":
-            yield step.name, fresh[step.name]
-        elif step.action == "resized":
-            held = readers[step.donor].get(step.name)
-            yield step.name, torch.cat([held, fresh[step.name].to(held.dtype)])
+        if step.action != "dropped":
+            held = [readers[step.donor].stored(step.name)] if step.donor else []
+            made = [fresh[step.name]] if step.name in fresh else []
+            entries.append(Entry(step.name, step.dtype, step.shape, (*held, *made)))
+    return entries

@@ -1,147 +1,293 @@
-"""The proof: on text alone the hybrid is the language donor.
+"""The proof: on text alone the hybrid is the language donor, and its tower the vision donor's.
 
-Four comparisons in float32 on a few texts, each of which a careless graft fails:
-1. every text tensor of the hybrid equals the donor's, bit for bit;
+Each of these a careless graft fails:
+1. every tensor taken from a donor equals the donor's, bit for bit;
 2. the hybrid, through its M-RoPE, against our decoder on the donor's own files with plain
-   rope, which shares no rope code with M-RoPE: the difference must be exactly 0;
+   rope, which shares no rope code with M-RoPE: the logits' difference must be exactly 0;
 3. the same against transformers' own Qwen3 on the donor's files, an independent witness: at
-   most 1e-5 of the largest logit, since its kernels sum in another order;
-4. the most likely next token agrees everywhere.
+   most 1e-5 of the largest logit in float32, since its kernels sum in another order;
+4. with `--vision`, what the merger reads: against our tower on the donor's files (0) and
+   against transformers' (1e-5 of the largest feature).
+
+All of it goes layer by layer (`proof_text.py`, `proof_vision.py`): an 8B model is proved in a few
+gigabytes.
 """
 
+import argparse
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from vlm.batch import Batch, Segments
-from vlm.checkpoint import CheckpointError, TensorReader, load_language_model, load_model
-from vlm.config import VLMConfig
-from vlm.graft.tokenizer import load_tokenizer
-from vlm.hf_config import read_text_config
-from vlm.rope import mrope_positions
-from vlm.vision import plan_vision
+from vlm.checkpoint import TensorReader, write_json
+from vlm.config import TextConfig, VLMConfig
+from vlm.graft.plan import MERGER, scale_mrope_section
+from vlm.graft.proof_tensors import (
+    Difference,
+    DonorTensors,
+    compare_settings,
+    compare_tensors,
+    describe_differences,
+    dtype_notes,
+    kept_of_merger,
+    lost,
+    nonzero_biases,
+    open_checked,
+    text_pairs,
+)
+from vlm.graft.proof_text import (
+    MAX_TOKENS,
+    TEXTS,
+    TextFigures,
+    compare_texts,
+    encode,
+    read_texts,
+)
+from vlm.graft.proof_vision import VisionFigures, compare_towers
+from vlm.hf_config import (
+    MEDIA_TOKENS,
+    TEXT_TYPES,
+    ConfigError,
+    parse_text_config,
+    read_config,
+    read_json,
+)
+from vlm.hub import add_hub_argument, resolve_model
+from vlm.model import LanguageModel, VisionLanguageModel
 
 WITNESS_TOLERANCE = 1e-5
-TEXTS = (
-    "The quick brown fox jumps over the lazy dog.",
-    "How many apples are left if you had 12 and gave away 5? Think step by step.",
-    "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)\n",
-    "视觉塔接到语言模型上，两者都不变。",
-    "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
-    "Une phrase courte.",
+LINES = 20
+"""Differences that are printed; the JSON file has all."""
+TEXT_WIDTH = ("hidden_size",)
+TEXT_SETTINGS = (
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rope_theta",
+    "rms_norm_eps",
 )
+TOWER_SHAPE = (
+    "depth",
+    "hidden_size",
+    "in_channels",
+    "patch_size",
+    "temporal_patch_size",
+    "spatial_merge_size",
+)
+TOWER_SETTINGS = (
+    "num_heads",
+    "intermediate_size",
+    "fullatt_block_indexes",
+    "window_size",
+    "tokens_per_second",
+)
+"""Settings that the hybrid has from a donor. Without the same width or shape they cannot run
+side by side; a hybrid of fewer layers, or without QK-norm, can."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What `verify` measured."""
+    """What `verify` found."""
 
-    tokens: int
-    differing_tensors: list[str]
-    max_abs_delta: float
-    """Against our decoder on the donor with plain rope."""
-    witness_max_abs_delta: float
-    """Against transformers' Qwen3, as a share of the largest |logit|."""
-    top1_agreement: float
-    """With the witness, 0..1."""
+    text: TextFigures
+    vision: VisionFigures | None
+    differences: list[Difference]
+    lost: list[str]
+    """In words, what of the language donor the hybrid does without."""
+    notes: list[str]
+    """What was compared, where that is not plain."""
 
     @property
     def holds(self) -> bool:
+        figures = [self.text] if self.vision is None else [self.text, self.vision]
         return (
-            not self.differing_tensors
-            and self.max_abs_delta == 0.0
-            and self.witness_max_abs_delta <= WITNESS_TOLERANCE
-            and self.top1_agreement == 1.0
+            not self.differences
+            and not self.lost
+            and all(one.max_abs_delta == 0.0 for one in figures)
+            and all(one.witness_max_abs_delta <= WITNESS_TOLERANCE for one in figures)
+            and self.text.top1_agreement == 1.0
         )
 
     def as_json(self) -> dict:
-        return asdict(self) | {"holds": self.holds}
+        """All figures; the texts' on the top level. What is not a finite number is null."""
+        found = asdict(self)
+        content = found.pop("text") | {"first_divergence": first_divergence(self.text)} | found
+        if self.vision is not None:
+            content["vision"] |= {"first_divergence": first_divergence(self.vision)}
+        return _finite(content | {"holds": self.holds})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="the hybrid: directory or hub id")
+    parser.add_argument("--llm", required=True, help="its language donor: directory or hub id")
+    parser.add_argument("--vision", help="its vision donor, to prove the tower as well")
+    add_hub_argument(parser)
+    parser.add_argument(
+        "--texts",
+        type=Path,
+        metavar="FILE",
+        help=f"one text a line, {MAX_TOKENS} tokens in all; default: a few built-in ones",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command: 0 if the proof holds, 1 if not.
+
+    Raises:
+        ConfigError, CheckpointError: bad input.
+    """
+    texts = read_texts(options.texts) if options.texts else TEXTS
+    named = (options.model, options.llm, *([options.vision] if options.vision else []))
+    proof = verify(*(resolve_model(name, options.hub) for name in named), texts=texts)
+    print_proof(proof)
+    if options.json:
+        try:
+            write_json(options.json, proof.as_json())
+        except OSError as error:
+            raise ConfigError(f"{options.json} cannot be written: {error.strerror}") from None
+    return 0 if proof.holds else 1
 
 
 @torch.inference_mode()
-def verify(model_dir: Path, llm_dir: Path) -> Proof:
-    """Compare a hybrid's text side with its language donor.
+def verify(
+    model_dir: Path | str,
+    llm_dir: Path | str,
+    vision_dir: Path | str | None = None,
+    texts: Sequence[str] = TEXTS,
+) -> Proof:
+    """Compare a hybrid with its donors.
 
     Raises:
-        ConfigError, CheckpointError: a directory that cannot be read.
+        ConfigError, CheckpointError: a directory that cannot be read or is no such model,
+            donors of other sizes, or texts that are too long.
     """
-    tokenizer = load_tokenizer(llm_dir)
-    texts = [torch.tensor(tokenizer.encode(text).ids) for text in TEXTS]
-    differing = differing_tensors(TensorReader(model_dir), TensorReader(llm_dir))
-
-    model = load_model(model_dir)
-    batch = text_batch(texts, model.config)
-    known = read_text_config(llm_dir).vocab_size  # a grown vocabulary has rows the donor lacks
-    hybrid = F.linear(model(batch), model.head_weight[:known])
-    del model
-
-    donor = load_language_model(llm_dir)
-    reference = donor(batch.input_ids, batch.segments, batch.target_rows)
-    reference = F.linear(reference, donor.head_weight)
-    del donor
-
-    witness = witness_logits(llm_dir, texts)
+    model_dir, llm_dir = Path(model_dir), Path(llm_dir)
+    config = read_config(model_dir)
+    hybrid = open_checked(model_dir, VisionLanguageModel, config, config.text.tie_word_embeddings)
+    llm_raw, llm = read_llm(llm_dir, model_dir, config)
+    donor = DonorTensors(open_checked(llm_dir, LanguageModel, llm, llm.tie_word_embeddings), hybrid)
+    ids, differences = encode(texts, model_dir, llm_dir, llm.vocab_size)
+    differences += compare_settings(config.text, llm, TEXT_SETTINGS)
+    pairs = text_pairs(config.text, hybrid, llm, donor)
+    differences += compare_tensors(pairs, hybrid, donor)
+    differences += nonzero_biases(hybrid)
+    notes = dtype_notes(donor, "language", [theirs for _, theirs in pairs])
+    if config.text.vocab_size > llm.vocab_size:
+        more = config.text.vocab_size - llm.vocab_size
+        notes.append(f"{more} rows of the embedding, which the donor has not, are not compared")
+    vision = None
+    if vision_dir is not None:
+        vision, found, said = verify_tower(config, hybrid, Path(vision_dir), llm.head_dim)
+        differences, notes = differences + found, notes + said
     return Proof(
-        tokens=len(batch.input_ids),
-        differing_tensors=differing,
-        max_abs_delta=_largest(hybrid - reference),
-        witness_max_abs_delta=_largest(hybrid - witness) / _largest(witness),
-        top1_agreement=(hybrid.argmax(-1) == witness.argmax(-1)).float().mean().item(),
+        text=compare_texts(ids, config, hybrid, llm, donor, llm_raw),
+        vision=vision,
+        differences=differences,
+        lost=lost(config.text, llm),
+        notes=notes,
     )
 
 
-def differing_tensors(hybrid: TensorReader, donor: TensorReader) -> list[str]:
-    """Names of the donor's tensors that the hybrid lacks or holds with other values."""
-    held, differing = set(hybrid.names()), []
-    for name in donor.names():
-        if name not in held:
-            if name != "lm_head.weight":  # absent where tied; the logits settle it
-                differing.append(name)
-            continue
-        theirs = donor.get(name)
-        ours = hybrid.get(name)[: len(theirs)]
-        if ours.shape != theirs.shape or not torch.equal(ours.float(), theirs.float()):
-            differing.append(name)
-    return differing
+def verify_tower(
+    config: VLMConfig, hybrid: TensorReader, vision_dir: Path, head_dim: int
+) -> tuple[VisionFigures, list[Difference], list[str]]:
+    """The vision half: figures, differences and notes."""
+    raw, theirs = read_json(vision_dir / "config.json"), read_config(vision_dir)
+    for wrong in compare_settings(config.vision, theirs.vision, TOWER_SHAPE):
+        raise ConfigError(f"{vision_dir} is not the vision donor of {hybrid.dir}: {wrong.how}")
+    tied = theirs.text.tie_word_embeddings
+    donor = DonorTensors(open_checked(vision_dir, VisionLanguageModel, theirs, tied), hybrid)
+    differences = compare_settings(config.vision, theirs.vision, TOWER_SETTINGS)
+    differences += compare_settings(config, theirs, MEDIA_TOKENS)
+    section = tuple(scale_mrope_section(theirs.text.mrope_section, head_dim))
+    if config.text.mrope_section != section:
+        how = f"mrope_section is {config.text.mrope_section}, from the vision donor's {section}"
+        differences.append(Difference("config.json", how))
+    kept = kept_of_merger(hybrid)
+    names = [n for n in donor.names() if n.startswith("model.visual.")]
+    names = [n for n in names if n in kept or not n.startswith(MERGER)]
+    differences += compare_tensors(((name, name) for name in names), hybrid, donor)
+    notes = dtype_notes(donor, "vision", names)
+    if kept:
+        notes.append(f"{len(kept)} tensors of the merger were the vision donor's and are compared")
+    else:
+        notes.append("the merger began anew: there is nothing to compare it with")
+    figures = compare_towers(config.vision, hybrid, theirs.vision, donor, raw["vision_config"])
+    return figures, differences, notes
 
 
-def text_batch(texts: list[Tensor], config: VLMConfig) -> Batch:
-    """Texts packed, with every row asked for, and the dummy image that text alone carries."""
-    ids = torch.cat(texts)
-    merge = config.vision.spatial_merge_size
-    return Batch(
-        input_ids=ids,
-        position_ids=torch.cat([mrope_positions(text, [], config) for text in texts], dim=1),
-        segments=Segments.of([len(text) for text in texts]),
-        target_rows=torch.arange(len(ids)),
-        targets=ids,
-        weights=None,
-        visual_rows=torch.zeros(0, dtype=torch.int64),
-        patches=torch.zeros(merge**2, config.vision.patch_dim, dtype=torch.uint8),
-        vision=plan_vision([(1, merge, merge)], config.vision),
-        ids=(),
+def read_llm(llm_dir: Path, model_dir: Path, config: VLMConfig) -> tuple[dict, TextConfig]:
+    """The language donor's config, raw and parsed, if it can be that of the hybrid."""
+    path = llm_dir / "config.json"
+    raw = read_json(path)
+    if raw.get("model_type") not in TEXT_TYPES:
+        raise ConfigError(
+            f"{path} is of model_type {raw.get('model_type')!r}; --llm takes the dense Qwen3 that "
+            "the hybrid was grafted from"
+        )
+    llm = parse_text_config(raw, path)
+    wrong = compare_settings(config.text, llm, TEXT_WIDTH)
+    if config.text.vocab_size < llm.vocab_size:
+        wrong += compare_settings(config.text, llm, ["vocab_size"])
+    if wrong:
+        raise ConfigError(f"{llm_dir} is not the language donor of {model_dir}: {wrong[0].how}")
+    return raw, llm
+
+
+def first_divergence(figures: TextFigures | VisionFigures) -> str | None:
+    """The first step after which the hybrid is not its donor; None where it is throughout."""
+    for stage in figures.stages:
+        if stage.max_abs_delta:
+            return stage.name
+    return "head" if figures.max_abs_delta else None
+
+
+def print_proof(proof: Proof) -> None:
+    text, vision = proof.text, proof.vision
+    print(f"text: {text.tokens} tokens, logits of hybrid and language donor")
+    _print_deltas(text, "our decoder on the donor, plain rope", "logit")
+    print(
+        f"  top-1 agreement {text.top1_agreement:.2%}, with transformers "
+        f"{text.witness_top1_agreement:.2%}"
+    )
+    print(f"  perplexity {text.perplexity:.6g}, the donor's {text.donor_perplexity:.6g}")
+    if vision is not None:
+        print(f"vision: {vision.patches} patches, what the merger reads in hybrid and donor")
+        _print_deltas(vision, "our tower on the donor", "feature")
+    for note in proof.notes:
+        print(f"note: {note}")
+    for what in proof.lost:
+        print(f"LOST: {what}")
+    lines = describe_differences(proof.differences)
+    for line in lines[:LINES]:
+        print(f"DIFFERS: {line}")
+    if len(lines) > LINES:
+        print(f"DIFFERS: {len(lines) - LINES} more, which --json has")
+    tower = "" if vision is None else ", its tower the vision donor's"
+    if proof.holds:
+        print(f"PROVED: on text the hybrid equals the language donor{tower}")
+    else:
+        print("NOT PROVED: the hybrid does not equal what it was grafted from")
+
+
+def _print_deltas(figures: TextFigures | VisionFigures, ours: str, unit: str) -> None:
+    where = first_divergence(figures)
+    apart = f"; apart from {where} on" if where else ""
+    print(f"  max |delta {unit}| {figures.max_abs_delta:g} (must be 0) against {ours}{apart}")
+    print(
+        f"  {figures.witness_max_abs_delta:.1e} of the largest |{unit}| (at most "
+        f"{WITNESS_TOLERANCE:g}) against transformers"
     )
 
 
-def witness_logits(llm_dir: Path, texts: list[Tensor]) -> Tensor:
-    """(T, vocab) float32: transformers' own Qwen3 on each text by itself."""
-    from transformers import Qwen3ForCausalLM
-
-    model, loading = Qwen3ForCausalLM.from_pretrained(
-        llm_dir,
-        dtype=torch.float32,
-        key_mapping={r"^model\.language_model\.": "model."},
-        output_loading_info=True,
-    )
-    if loading["missing_keys"]:  # transformers would go on with random weights
-        raise CheckpointError(f"transformers found no {min(loading['missing_keys'])} in {llm_dir}")
-    model.eval()
-    return torch.cat([model(input_ids=text[None]).logits[0] for text in texts])
-
-
-def _largest(values: Tensor) -> float:
-    """Largest |value|; infinite where one is not a number."""
-    return values.abs().nan_to_num(nan=float("inf")).max().item()
+def _finite(content):
+    """What is nested, with None for infinities and nan, which JSON has not."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -1,0 +1,233 @@
+"""The memory model against what a real backward pass saves and allocates, byte by byte."""
+
+from dataclasses import fields, replace
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+
+from tests.model.full_size import EIGHT_BILLION
+from tests.tiny import hybrid, hybrid_config
+from train.config import TrainConfig
+from train.engine import PlainEngine
+from train.freeze import freeze
+from vlm.batch import Batch
+from vlm.config import VLMConfig
+from vlm.cost import PARTS, parameter_counts, part_of
+from vlm.cost.memory import (
+    BUCKET,
+    Load,
+    decoder_layer,
+    loss_memory,
+    peak_activations,
+    saved_activations,
+    training_state,
+)
+from vlm.data.collate import collate
+from vlm.data.processor import Example
+from vlm.hf_config import parse_config
+from vlm.loss import CHUNK_ROWS, cross_entropy_sum
+from vlm.model import VisionLanguageModel
+
+TRAINS = [parts for n in range(1, 4) for parts in combinations(PARTS, n)]
+STAGES = {"stage1": ("aligner",), "stage2": PARTS}
+WHOLE_WINDOWS = [(2, 16, 24)]  # one window shape: SDPA on a CPU then copies no rows, as on a GPU
+TOKENS, TARGETS = 250, 23
+SIZES = {torch.bfloat16: 2, torch.float32: 4}
+
+
+def micro_batch(
+    config: VLMConfig, grids: list[tuple[int, int, int]], tokens=TOKENS, learnt=TARGETS
+) -> Batch:
+    visual = sum(t * h * w for t, h, w in grids) // config.vision.merge_unit
+    ids = torch.zeros(tokens, dtype=torch.int64)
+    ids[:visual] = config.image_token_id
+    targets = torch.full((tokens,), -100)
+    targets[-learnt:] = 1
+    patches = torch.zeros(4 * visual, config.vision.patch_dim, dtype=torch.uint8)
+    positions = torch.arange(tokens).expand(3, -1)
+    return collate([Example("x", ids, targets, None, positions, patches, tuple(grids))], config)
+
+
+def tensors(record) -> list[Tensor]:
+    """All of a batch's own."""
+    found = []
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif hasattr(value, "__dataclass_fields__"):
+            found += tensors(value)
+    return found
+
+
+def saved_bytes(model: VisionLanguageModel, batch: Batch) -> int:
+    """Storages that autograd keeps after a forward pass, each once, beside weights and batch."""
+    own = {x.untyped_storage()._cdata for x in (*model.parameters(), *tensors(batch))}
+    kept = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage()._cdata] = x.untyped_storage()  # held: an address is used once
+        return x
+
+    with saved_tensors_hooks(keep, lambda x: x):
+        cross_entropy_sum(model(batch), model.head_weight, batch.targets)
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
+
+
+def peak_bytes(work) -> int:
+    """Most bytes that `work` has allocated at any time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = profiler.profiler.kineto_results.events()
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+def prepared(model: VisionLanguageModel, trains, policy: str, dtype) -> VisionLanguageModel:
+    for name, parameter in model.to(dtype).named_parameters():
+        parameter.requires_grad_(part_of(name) in trains)
+    model.set_recompute(policy)
+    return model
+
+
+@pytest.mark.parametrize("dtype", SIZES, ids=str)
+@pytest.mark.parametrize("policy", ["none", "full"])
+@pytest.mark.parametrize("trains", TRAINS, ids="+".join)
+def test_activations_are_the_bytes_that_autograd_saves(trains, policy, dtype):
+    """Exactly, whatever trains; a frozen tower saves nothing."""
+    model = prepared(hybrid(), trains, policy, dtype)
+    (t, h, w) = WHOLE_WINDOWS[0]
+    for grids, patches in ((WHOLE_WINDOWS, t * h * w), ([], 0)):
+        load = Load(TOKENS, TARGETS, patches)
+        saved = saved_activations(model.config, load, trains, policy, SIZES[dtype])
+        assert saved_bytes(model, micro_batch(model.config, grids)) == sum(saved.values())
+        assert ("vit" in trains) == bool(saved["vision tower"])
+
+
+@pytest.mark.parametrize("text", [{"qk_norm": False, "qkv_bias": True}, {"mrope_section": None}])
+def test_other_decoders_save_what_is_said_too(text):
+    config = parse_config(hybrid_config())
+    config = replace(config, text=replace(config.text, **text))
+    model = prepared(VisionLanguageModel(config), PARTS, "none", torch.bfloat16)
+    saved = saved_activations(config, Load(TOKENS, TARGETS, 768), PARTS, "none", 2)
+    assert saved_bytes(model, micro_batch(config, WHOLE_WINDOWS)) == sum(saved.values())
+
+
+NARROW, WIDE = (64, 170), (192, 500)
+"""Widths of a tower or decoder and of its feed-forward layers."""
+LOADS = {"logits": Load(300, 250, 4), "decoder": Load(1000, 50, 64), "both": Load(300, 20, 1024)}
+"""Micro-batches that need most at different times."""
+
+
+def peaks(stage, load: Load, policy, dtype, tower, decoder) -> tuple[int, int]:
+    """Allocated and predicted bytes of a forward and a backward pass whose gradients leave at
+    once, as they do under ZeRO."""
+    base = parse_config(hybrid_config())
+    text = replace(
+        base.text, hidden_size=decoder[0], intermediate_size=decoder[1], num_hidden_layers=5
+    )
+    vision = replace(  # small patches: those of 14 x 14 pixels outweigh so narrow a tower
+        base.vision, patch_size=2, window_size=16, depth=5, hidden_size=tower[0],
+        intermediate_size=tower[1], out_hidden_size=decoder[0],
+    )  # fmt: skip
+    config = replace(base, vision=vision, text=text)
+    model = prepared(VisionLanguageModel(config), STAGES[stage], policy, dtype)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    side = int(load.patches**0.5)
+    batch = micro_batch(config, [(1, side, side)], load.tokens, load.targets)
+
+    def step() -> None:
+        cross_entropy_sum(model(batch), model.head_weight, batch.targets).backward()
+
+    predicted = peak_activations(config, load, STAGES[stage], policy, SIZES[dtype])
+    return peak_bytes(step), sum(predicted.values())
+
+
+@pytest.mark.parametrize("dtype", SIZES, ids=str)
+@pytest.mark.parametrize("policy", ["none", "full"])
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_peak_is_what_is_really_allocated(stage, load, policy, dtype):
+    allocated, predicted = peaks(stage, LOADS[load], policy, dtype, NARROW, WIDE)
+    assert allocated == pytest.approx(predicted, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", SIZES, ids=str)
+def test_the_peak_may_be_in_the_tower(dtype):
+    """Where the tower is the wider one."""
+    allocated, predicted = peaks("stage2", LOADS["both"], "full", dtype, WIDE, NARROW)
+    assert allocated == pytest.approx(predicted, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", SIZES, ids=str)
+@pytest.mark.parametrize(
+    "rows", [100, CHUNK_ROWS, CHUNK_ROWS + 1, CHUNK_ROWS + 900, 3 * CHUNK_ROWS]
+)
+def test_the_logits_take_what_is_said(rows, dtype):
+    text = replace(parse_config(hybrid_config()).text, vocab_size=200)
+    hidden = torch.randn(rows, 8, dtype=dtype, requires_grad=True)
+    weight, targets = torch.randn(200, 8, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
+    peak = peak_bytes(lambda: cross_entropy_sum(hidden, weight, targets))
+    assert peak - hidden.nbytes == pytest.approx(loss_memory(text, rows, SIZES[dtype]), rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_process_holds_what_is_said(stage, dtype, tmp_path):
+    """Weights, masters, moments and gradients of the plain engine after a backward pass."""
+    options = TrainConfig(
+        "model", [tmp_path / "x.jsonl"], tmp_path, dtype=dtype,
+        freeze_vit=stage == "stage1", freeze_llm=stage == "stage1",
+    )  # fmt: skip
+    model = hybrid().to(getattr(torch, dtype))
+    groups = freeze(model, options)
+    engine = PlainEngine(groups, options)
+    batch = micro_batch(model.config, WHOLE_WINDOWS)
+    engine.backward(cross_entropy_sum(model(batch), model.head_weight, batch.targets))
+    held: dict[int, Tensor] = {}
+    for x in (*model.parameters(), *(f.values for f in engine.fragments())):
+        held[x.data_ptr()] = x
+        if isinstance(x, nn.Parameter) and x.grad is not None:
+            held[x.grad.data_ptr()] = x.grad
+    for master in (p for group in engine.param_groups for p in group["params"]):
+        held[master.grad.data_ptr()] = master.grad
+    counts = parameter_counts(model.config)
+    trained = sum(counts[part] for part in STAGES[stage])
+    size = SIZES[getattr(torch, dtype)]
+    said = training_state(sum(counts.values()), trained, 1, size)
+    assert sum(x.nbytes for x in held.values()) == sum(said.values())
+
+
+def test_zero_spreads_all_that_is_float32():
+    """2P + 16P/N, and the bucket on top: 35.5 GB of the 8B hybrid on 8 GPUs."""
+    total, merger = 8_869_907_456, 47_196_416
+    all_trains = training_state(total, total, 8, 2)
+    assert all_trains.pop("reduction bucket") == 2 * BUCKET + 6 * BUCKET
+    assert sum(all_trains.values()) == 2 * total + 16 * total // 8
+    assert sum(all_trains.values()) == pytest.approx(35.5e9, rel=2e-3)
+    stage_1 = training_state(total, merger, 8, 2)
+    assert stage_1.pop("reduction bucket") == 2 * BUCKET + 6 * merger
+    assert sum(stage_1.values()) == pytest.approx(18e9, rel=2e-2)
+    assert sum(training_state(total, total, 1, 2).values()) == 18 * total
+    assert sum(training_state(total, total, 1, 4).values()) == 16 * total
+    in_float32 = training_state(total, total, 8, 4)
+    assert in_float32.pop("reduction bucket") == 8 * BUCKET
+    assert sum(in_float32.values()) == 4 * total + 16 * total // 8
+
+
+def test_the_8b_hybrid_saves_what_was_published():
+    """MB per token: all of it as a HF-like model would, and under full checkpointing."""
+    layers, text = EIGHT_BILLION.text.num_hidden_layers, EIGHT_BILLION.text
+    assert layers * decoder_layer(text, 1, True, 2) == pytest.approx(7.76e6, rel=5e-3)
+    kept = saved_activations(EIGHT_BILLION, Load(10_000, 1, 0), PARTS, "full", 2)["decoder"]
+    assert kept / 10_000 == pytest.approx(0.295e6, rel=5e-3)

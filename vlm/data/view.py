@@ -1,0 +1,185 @@
+"""See the data as the model sees it: one self-contained HTML page.
+
+    python -m vlm.data.view data/train.jsonl --model models/graft-8b --out page.html
+
+Shown are what the samples take (a histogram of their lengths), what is wrong with the bad ones, how
+the first global batch is packed, and the first samples themselves: images rebuilt from the very
+patches that the model gets, tokens coloured by whether they are learnt, their roles and positions.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vlm.checkpoint import CheckpointError
+from vlm.config import VisionConfig
+from vlm.cost import PARTS, sample_flops
+from vlm.data.ledger import Entry
+from vlm.data.options import data_parser, open_data, rows_of
+from vlm.data.pack import Budget, arrange
+from vlm.data.processor import IGNORED, Example, Processor, Sizes
+from vlm.data.schema import BadSample
+from vlm.data.sources import DataError, Source
+from vlm.data.view_page import Piece, View, render_page
+from vlm.hf_config import ConfigError
+
+
+def pieces(example: Example, processor: Processor) -> list[Piece]:
+    """An example's tokens, in order, as they are shown."""
+    ids = example.input_ids.tolist()
+    # the target of row r is the token of row r + 1
+    learnt = [0.0, *_weights(example)[:-1]]
+    start = processor.tokenizer.token_to_id("<|im_start|>")
+    media = (processor.config.image_token_id, processor.config.video_token_id)
+    found, first = [], 0
+    while first < len(ids):
+        end = first + 1
+        if ids[first] in media:
+            while end < len(ids) and ids[end] == ids[first]:
+                end += 1
+            text = processor.tokenizer.id_to_token(ids[first]) + f" × {end - first}"
+        else:
+            text = _decode(processor, ids[first:end])
+            # a character may be spread over several tokens
+            while "\ufffd" in text and end < min(len(ids), first + 4):
+                longer = _decode(processor, ids[first : end + 1])
+                if learnt[end] != learnt[first] or ids[end] in media:
+                    break
+                end, text = end + 1, longer
+        where = tuple(_range(axis[first:end]) for axis in example.position_ids)
+        found.append(
+            Piece(text, first, tuple(ids[first:end]), learnt[first], where, ids[first] == start)
+        )
+        first = end
+    return found
+
+
+def _weights(example: Example) -> list[float]:
+    ones = (example.targets != IGNORED).float()
+    return (ones if example.weights is None else ones * example.weights).tolist()
+
+
+def _decode(processor: Processor, ids: list[int]) -> str:
+    return processor.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _range(values: Tensor) -> str:
+    low, high = int(values.min()), int(values.max())
+    return str(low) if low == high else f"{low}–{high}"
+
+
+def pictures(example: Example, config: VisionConfig) -> list[list[Tensor]]:
+    """Each image's, or each video's, frames (height, width, 3) uint8, out of the patches.
+
+    A video has one frame a temporal patch: the first of the two that it holds.
+    """
+    shown, first = [], 0
+    for t, h, w in example.grid_thw:
+        patches = example.patches[first : first + t * h * w]
+        shown.append([unpatchify(frame, h, w, config) for frame in patches.split(h * w)])
+        first += t * h * w
+    return shown
+
+
+def unpatchify(patches: Tensor, height: int, width: int, config: VisionConfig) -> Tensor:
+    """Undo `vlm.data.image.patchify` for one temporal patch: its first frame.
+
+    Args:
+        patches: (height * width, patch_dim) uint8; height and width count patches.
+
+    Returns:
+        (height * patch_size, width * patch_size, 3) uint8.
+    """
+    side, merge, depth = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
+    blocks = patches.view(height // merge, width // merge, merge, merge, 3, depth, side, side)
+    frame = blocks[:, :, :, :, :, 0].permute(0, 2, 5, 1, 3, 6, 4)  # rows, columns, channel
+    return frame.reshape(height * side, width * side, 3)
+
+
+def look(sources: tuple[Source, ...], processor: Processor, options: argparse.Namespace) -> View:
+    """Walk through all the data, and encode what is shown of it."""
+    sizes: list[Sizes] = []
+    names: list[str] = []
+    bad: list[Entry] = []
+    samples = []
+    for source, row, place in tqdm(rows_of(sources), desc="view", unit=" samples", disable=None):
+        try:
+            sample = source.parse(row, place)
+            measured = processor.measure(sample)
+            if len(samples) < options.samples:
+                example = processor.encode(sample)
+                shown = pictures(example, processor.config.vision)
+                samples.append((example, pieces(example, processor), shown))
+        except BadSample as error:
+            bad.append(Entry(error.sample_id, error.reason, "index"))
+            continue
+        sizes.append(measured)
+        names.append(sample.id)
+    if not sizes and not bad:
+        raise DataError(f"{', '.join(options.data)}: there is no sample in it")
+    packs = _first_batch(sizes, processor, options)
+    return View(
+        data=options.data,
+        model=str(options.model),
+        names=names,
+        sizes=sizes,
+        bad=bad,
+        packs=packs,
+        token_budget=options.token_budget,
+        samples=samples,
+        vision=processor.config.vision,
+    )
+
+
+def _first_batch(sizes: list[Sizes], processor: Processor, options) -> list[list[list[int]]]:
+    """[rank][micro-batch][sample] of the first samples, as a step would pack them."""
+    chosen = sizes[: options.global_batch_size]
+    config = processor.config
+    costs = [sample_flops(config, s.length, s.grid_thw, s.targets, PARTS) for s in chosen]
+    patches = [sum(t * h * w for t, h, w in s.grid_thw) for s in chosen]
+    budget = Budget(tokens=options.token_budget, patches=options.patch_budget)
+    lengths = np.array([s.length for s in chosen], np.int64)
+    if not chosen:
+        return []
+    return arrange(np.array(costs), lengths, np.array(patches, np.int64), options.world, budget)
+
+
+def write_page(path: Path, view: View) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(render_page(view), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def parse_arguments(arguments: Iterable[str] | None = None) -> argparse.Namespace:
+    parser = data_parser("view", __doc__)
+    parser.add_argument("--out", type=Path, required=True, help="the page to write")
+    parser.add_argument("--samples", type=int, default=20, help="how many are shown")
+    parser.add_argument("--world", type=int, default=8, help="ranks of the packed batch")
+    parser.add_argument("--global_batch_size", type=int, default=128)
+    parser.add_argument("--token_budget", type=int, default=Budget.tokens)
+    parser.add_argument("--patch_budget", type=int, default=Budget.patches)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    torch.set_num_threads(1)
+    try:
+        options = parse_arguments(arguments)
+        view = look(*open_data(options), options)
+        write_page(options.out, view)
+    except (ConfigError, CheckpointError, DataError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(view.sizes)} good samples, {len(view.bad)} bad; wrote {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
