@@ -4,9 +4,9 @@
 
 Ours resizes and cuts into uint8 patches, which the device normalises; theirs, the torchvision
 class that `Qwen2VLImageProcessor` is by default, resizes, normalises and cuts. Both are given the
-same decoded pictures, in blocks in turn, and their levels are compared first: a picture is no faster for
-being another one. Exits where the default class cannot be had, since transformers falls back to a
-slower one without a word.
+same decoded pictures, in blocks in turn, and their levels are compared first. Exits where the
+default class cannot be had, since transformers falls back to a slower one without a word. The
+resize is one and the same kernel on both sides, and bounds what can be won.
 """
 
 import argparse

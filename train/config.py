@@ -39,6 +39,13 @@ class TrainConfig:
     allow_urls: bool = False
     """Download images that are given as http(s) URLs."""
 
+    streaming: bool = False
+    """Read the data from its beginning to its end, window by window, without an index: for shards
+    (.tar, .parquet, .jsonl; also globs and URLs of fsspec) too many to be measured first. Needs
+    max_steps."""
+    stream_window: int = 16
+    """Steps whose samples are read, held in memory and shuffled together."""
+
     freeze_vit: bool = False
     freeze_aligner: bool = False
     """The merger."""
@@ -130,6 +137,7 @@ class TrainConfig:
             "patch_budget",
             "dataloader_timeout",
             "dataset_num_proc",
+            "stream_window",
             "save_steps",
             "save_total_limit",
             "logging_steps",
@@ -140,6 +148,8 @@ class TrainConfig:
         for name in positive:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.streaming and self.max_steps is None:
+            raise UsageError("streaming needs max_steps, since the length of an epoch is unknown")
         if not 0 <= self.warmup_ratio < 1:
             raise UsageError(f"warmup_ratio is {self.warmup_ratio}; it must be in 0..1")
         if self.plan == "packed" and self.max_length > self.token_budget:

@@ -22,9 +22,10 @@ def introduction(
     in_force = [option for option, value in defaults if getattr(config, option) == value]
     set_by = {v: o for v, o in ENVIRONMENT.items() if o in in_force}
     verb = "resuming" if progress.step else "starting"
+    samples = "streamed samples" if config.streaming else f"{good} samples ({bad} bad)"
     return (
         f"{verb} at step {progress.step} of {total_steps}: "
-        f"{good} samples ({bad} bad), {progress.global_batch_size} a step, {world.size} ranks on "
+        f"{samples}, {progress.global_batch_size} a step, {world.size} ranks on "
         f"{world.device.type}, {config.dtype}, max_pixels {config.max_pixels}, video_max_pixels "
         f"{config.video_max_pixels}, fps {config.fps}, fps_max_frames {config.fps_max_frames}"
         + "".join(f" ({option} from {variable})" for variable, option in set_by.items())

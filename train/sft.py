@@ -33,6 +33,7 @@ from vlm.data.loader import StepDataset, make_plan, open_loader
 from vlm.data.plan_report import report
 from vlm.data.processor import Processor
 from vlm.data.sources import DataError, Source, open_sources
+from vlm.data.stream import Stream, StreamDataset, open_stream
 from vlm.data.watch import DataWorkerError
 from vlm.hf_config import ConfigError
 from vlm.hub import resolve_model
@@ -59,28 +60,31 @@ def train(config: TrainConfig, world: World) -> None:
         think=config.think,
     )
     trains = trained_parts(config)
-    sources = _open_sources(config, world)
-
-    def measure() -> tuple[Index, list[Entry]]:
-        workers, folder = config.dataset_num_proc, default_cache_dir()
-        index, bad = build_index(sources, processor, workers, folder)
-        return replace(index, sources=()), bad  # every rank has opened its own
-
-    index, bad = world.from_first(measure)
-    index = replace(index, sources=sources)
-    samples = len(index) + len(bad)
-    ledger = Ledger(run.ledger, writes=world.first, strict=config.on_bad == "error")
-    ledger.record(bad)
-    ledger.check(samples, config.max_bad_fraction)
-    progress = found[1] if found else run.begin(index)
-    run.check(progress, index)
     skips_text = config.skip_text_only and "llm" not in trains
-    costs = index.costs(processor.config, trains)
-    fixed = (progress.global_batch_size, config.seed, world.size)
-    plan = make_plan(index, costs, *fixed, config.budget, skips_text)
-    dataset = StepDataset(index, processor, plan, world.rank)
-    steps_per_epoch = plan.steps_per_epoch
-    total_steps = config.max_steps or steps_per_epoch * config.num_train_epochs
+    ledger = Ledger(run.ledger, writes=world.first, strict=config.on_bad == "error")
+    if config.streaming:
+        stream = _open_stream(config, world)
+        bad, good, data = [], 0, stream.fingerprint(processor, config.stream_window)
+    else:
+        index, bad = _measure(config, world, processor)
+        good, data = len(index), index.fingerprint()
+        ledger.record(bad)
+        ledger.check(good + len(bad), config.max_bad_fraction)
+    progress = found[1] if found else run.begin(good, data)
+    run.check(progress, good, data)
+    if config.streaming:
+        shape = (progress.global_batch_size, config.stream_window, config.seed, world.rank)
+        limits = (world.size, config.budget, skips_text)
+        dataset = StreamDataset(stream, processor, trains, *shape, *limits)
+        total_steps = config.max_steps
+        about = [f"stream: {len(stream.shards):,} shards, windows of {config.stream_window} steps"]
+    else:
+        costs = index.costs(processor.config, trains)
+        fixed = (progress.global_batch_size, config.seed, world.size)
+        plan = make_plan(index, costs, *fixed, config.budget, skips_text)
+        dataset = StepDataset(index, processor, plan, world.rank)
+        total_steps = config.max_steps or plan.steps_per_epoch * config.num_train_epochs
+        about = [index_report(index, bad), report(plan, most_steps=20).line()] * world.first
 
     # ---- model and engine
     model = load_model(model_dir, getattr(torch, config.dtype), world.device).train()
@@ -88,12 +92,11 @@ def train(config: TrainConfig, world: World) -> None:
     model.set_recompute("full" if config.gradient_checkpointing else "none")
     log = Log(run.log, progress.step, total_steps, enabled=world.first)
     log.say(f"model {model_dir}")  # a hub's revision is in it, for a run that started from there
-    log.say(introduction(config, world, progress, len(index), len(bad), total_steps))
+    log.say(introduction(config, world, progress, good, len(bad), total_steps))
     log.say(banner(model, groups))
-    if world.first:
-        log.say(index_report(index, bad))
-        log.say(report(plan, most_steps=20).line())
-    _warm_up(model, dataset, world)  # memory fails here or never
+    for text in about:
+        log.say(text)
+    _warm_up(model, dataset, world)  # memory fails here or never, but for a stream
     workers, timeout = config.dataloader_num_workers, config.dataloader_timeout
     on_cuda = world.device.type == "cuda"
     with open_loader(dataset, progress.position, workers, on_cuda, timeout) as steps:
@@ -111,12 +114,18 @@ def train(config: TrainConfig, world: World) -> None:
             # What only this rank knows becomes known to all: how many targets its samples really
             # have (one may have turned out bad), and which were bad.
             world.check_in()
+            if config.streaming and len(set(world.gather([part.window]))) > 1:
+                raise DataError(
+                    "the ranks read different samples of the stream; can each of them read all?"
+                )
             own = [part.targets, part.tokens, part.samples, part.flops, len(part.bad)]
             targets, *counts = world.sum(own + part.targets_by_source)
             broken, seen = counts[3], counts[4:]
             if broken:
                 ledger.record(world.gather(part.bad))
-                ledger.check(samples, config.max_bad_fraction)
+                # of a stream: those read so far, about
+                read = good or (step + config.stream_window) * progress.global_batch_size
+                ledger.check(read + len(bad), config.max_bad_fraction)
 
             if targets == 0:
                 log.write("skipped", step, reason="no targets", samples=world.gather(part.ids))
@@ -147,7 +156,7 @@ def train(config: TrainConfig, world: World) -> None:
                     if refused == REFUSED_IN_A_ROW:
                         raise RuntimeError(f"{refused} steps refused in a row; see {run.log}")
 
-            progress = progress.after(part.position, steps_per_epoch, step, engine.updates)
+            progress = progress.at(part.next, step, engine.updates)
             last = step == total_steps
             if window.steps and (last or step % config.logging_steps == 0):
                 figures = window.figures()
@@ -166,6 +175,29 @@ def _given_model(config: TrainConfig, world: World) -> Path:
     return world.from_first_of_machine(lambda: resolve_model(config.model, config.hub))
 
 
+def _measure(config: TrainConfig, world: World, processor: Processor) -> tuple[Index, list[Entry]]:
+    """The index, and the bad samples, by the first rank's work."""
+    sources = _open_sources(config, world)
+
+    def measure() -> tuple[Index, list[Entry]]:
+        workers, folder = config.dataset_num_proc, default_cache_dir()
+        index, bad = build_index(sources, processor, workers, folder)
+        return replace(index, sources=()), bad  # every rank has opened its own
+
+    index, bad = world.from_first(measure)
+    return replace(index, sources=sources), bad
+
+
+def _open_stream(config: TrainConfig, world: World) -> Stream:
+    """The shards, as the first rank finds them."""
+
+    def find() -> Stream:
+        root, urls = config.media_root, config.allow_urls
+        return open_stream(config.dataset, media_root=root, allow_urls=urls)
+
+    return world.from_first(find)
+
+
 def _open_sources(config: TrainConfig, world: World) -> tuple[Source, ...]:
     """The data; what a hub has is downloaded once on each machine."""
 
@@ -181,7 +213,7 @@ def _open_sources(config: TrainConfig, world: World) -> tuple[Source, ...]:
     return opened()
 
 
-def _warm_up(model, dataset: StepDataset, world: World) -> None:
+def _warm_up(model, dataset: StepDataset | StreamDataset, world: World) -> None:
     """Forward and backward of the costliest micro-batch; the result is thrown away."""
     batch = dataset.costliest().to(world.device)
     hidden = model(batch)

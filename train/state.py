@@ -27,7 +27,6 @@ from train.config import TrainConfig, UsageError
 from train.engine import Engine, Fragment
 from train.world import World
 from vlm.checkpoint import save_model, write_json
-from vlm.data.index import Index
 from vlm.data.plan import Position
 from vlm.model import VisionLanguageModel
 
@@ -49,17 +48,20 @@ class Progress:
     global_batch_size: int
     seed: int
     samples: int
+    """Of the indexed data; 0 for a stream."""
     data: str
-    """Fingerprint of the indexed data."""
+    """Fingerprint of the data."""
+    shard: int = 0
+    row: int = 0
+    """As in `Position`."""
 
     @property
     def position(self) -> Position:
-        return Position(self.epoch, self.batch)
+        return Position(self.epoch, self.batch, self.shard, self.row)
 
-    def after(self, done: Position, steps_per_epoch: int, step: int, updates: int) -> "Progress":
-        """The progress once the global batch at `done` has been taken."""
-        epoch, batch = divmod(done.epoch * steps_per_epoch + done.batch + 1, steps_per_epoch)
-        return replace(self, step=step, updates=updates, epoch=epoch, batch=batch)
+    def at(self, place: Position, step: int, updates: int) -> "Progress":
+        """The progress once all before `place` has been taken."""
+        return replace(self, step=step, updates=updates, **asdict(place))
 
 
 class Run:
@@ -81,16 +83,16 @@ class Run:
         except OSError as error:
             raise UsageError(f"output_dir {self.dir} cannot be written ({error})") from None
 
-    def begin(self, index: Index) -> Progress:
+    def begin(self, samples: int, data: str) -> Progress:
         """Where a fresh run stands. The size of its global batches is fixed here, for good."""
         config = self.config
         per_rank = config.per_device_train_batch_size * config.gradient_accumulation_steps
         size = config.global_batch_size or per_rank * self.world.size
-        return Progress(0, 0, 0, 0, size, config.seed, len(index), index.fingerprint())
+        return Progress(0, 0, 0, 0, size, config.seed, samples, data)
 
-    def check(self, progress: Progress, index: Index) -> None:
+    def check(self, progress: Progress, samples: int, data: str) -> None:
         """UsageError where the data or the options no longer give the batches of `progress`."""
-        if (progress.samples, progress.data) != (len(index), index.fingerprint()):
+        if (progress.samples, progress.data) != (samples, data):
             raise UsageError(
                 f"the data differs from what {self.dir} was started with; use another dir"
             )

@@ -152,17 +152,15 @@ def test_a_file_damaged_behind_its_header_is_found_at_decoding(folder):
 
 
 def put_media(folder):
-    """Damaged media of every kind; `huge.png` and `lying.jpg` claim too many, or other, pixels."""
+    """Damaged media of every kind; `huge.png` only claims its pixels."""
     write_image(folder / "cut.jpg", 64, 64)
     damage(folder / "cut.jpg")
-    write_image(folder / "cut.png", 64, 64)
-    damage(folder / "cut.png")
     (folder / "empty.png").write_bytes(b"")
     (folder / "random.jpg").write_bytes(bytes(range(256)) * 4)
     (folder / "random.mp4").write_bytes(bytes(range(256)) * 4)
     (folder / "empty.mp4").write_bytes(b"")
     content = bytearray((folder / "ok.png").read_bytes())
-    content[16:24] = (20_000).to_bytes(4, "big") * 2  # IHDR: width and height
+    content[16:24] = (10_000).to_bytes(4, "big") * 2  # IHDR: width and height
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
     (folder / "huge.png").write_bytes(content)
 
@@ -171,9 +169,8 @@ NAMED = {
     "missing image": (row(PICTURE, images=["absent.png"]), "absent.png does not exist"),
     "corrupt image": (row(PICTURE, images=["random.jpg"]), "random.jpg is not an image"),
     "truncated image": (row(PICTURE, images=["cut.jpg"]), "cut.jpg is damaged"),
-    "truncated image, PNG": (row(PICTURE, images=["cut.png"]), "cut.png is damaged"),
     "zero-byte image": (row(PICTURE, images=["empty.png"]), "empty.png is not an image"),
-    "huge image": (row(PICTURE, images=["huge.png"]), "20000 x 20000 pixels, too many"),
+    "huge image": (row(PICTURE, images=["huge.png"]), "10000 x 10000 pixels, too many"),
     "missing video": (row("<video>", videos=["absent.mp4"]), "absent.mp4 does not exist"),
     "corrupt video": (row("<video>", videos=["random.mp4"]), "random.mp4"),
     "zero-byte video": (row("<video>", videos=["empty.mp4"]), "empty.mp4"),
@@ -185,7 +182,6 @@ NAMED = {
     "vision tokens in text": (row("<|image_pad|>"), r"has <\|image_pad\|> in its text"),
     "NaN field": (messages(user(float("nan")), assistant("b")), "content nan, not text"),
     "None field": (messages(user(None), assistant("b")), "content None, not text"),
-    "None media": (row(PICTURE, images=[None]), "an image is given as None"),
     "invalid JSON line": (b'{"messages": [', "not a line of JSON"),
 }
 
@@ -205,8 +201,7 @@ def test_a_named_kind_is_recorded_with_its_place_and_skipped_alike_on_every_rank
             for rank in range(2)
         ]
         steps = [dataset[Position(0, 0)] for dataset in ranks]
-        entries = bad + [entry for step in steps for entry in step.bad]
-        (entry,) = entries
+        (entry,) = bad + [entry for step in steps for entry in step.bad]
         assert entry.id == f"{file}:2" and re.search(reason, entry.reason)
         ids = sorted(name for step in steps for name in step.ids)
         assert ids == [f"{file}:1", f"{file}:3"]

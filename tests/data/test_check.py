@@ -103,6 +103,18 @@ def test_a_process_that_dies_is_told_with_its_place(folder, monkeypatch, capsys)
     assert "a process died at" in error and "clean.jsonl:" in error
 
 
+def test_a_video_with_a_hole_is_bad(tmp_path, capsys):
+    """The loader of a run would find other sizes than the index, and leave it out too."""
+    name = write_video(tmp_path / "holed.avi", 40, 240, 320, 3.7, "MJPG")
+    content = (tmp_path / name).read_bytes()
+    third = len(content) // 3
+    (tmp_path / name).write_bytes(content[:third] + bytes(third) + content[2 * third :])
+    write_jsonl(tmp_path / "d.jsonl", [row("hi"), row("<video>?") | {"videos": [name]}])
+    fixed = ["--model", str(GOLDEN / "model"), "--workers", "1"]
+    assert main([str(tmp_path / "d.jsonl"), *fixed]) == 1
+    assert "d.jsonl:2: has a video of which fewer frames" in capsys.readouterr().out
+
+
 def test_reasons_of_one_kind_are_one():
     pairs = [
         ("/a/b c.png does not exist", "/x/y.png does not exist"),

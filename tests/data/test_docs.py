@@ -1,7 +1,10 @@
 """docs/data.md: every example in it is loaded and encoded, as it stands there."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,9 +12,11 @@ import yaml
 
 from tests.data.samples import processor, write_image
 from tests.data.videos import write_video
+from tests.tiny import write_hybrid
 from vlm.data.sources import open_sources, parse_spec
 
-TEXT = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 ROWS = [block for language, block in BLOCKS if language == "json"]
 
@@ -41,7 +46,7 @@ def samples(path):
 def test_the_guide_has_examples_of_everything():
     keys = {key for row in ROWS for key in json.loads(row)}
     assert keys >= {"messages", "conversations", "query", "instruction", "tools", "objects"}
-    assert {language for language, _ in BLOCKS} == {"json", "python", "yaml"}
+    assert {language for language, _ in BLOCKS} == {"json", "python", "yaml", "bash"}
 
 
 @pytest.mark.parametrize("number", range(len(ROWS)))
@@ -79,3 +84,20 @@ def test_the_config_names_sources():
     assert (third.hub, third.split) == ("modelscope", "train")
     for key in vars(second):
         assert f"`{key}`" in TEXT  # every key has its line
+
+
+def test_the_commands_run(folder):
+    commands = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
+    assert len(commands) == 5
+    write_hybrid(folder / "models/graft-8b")
+    (folder / "data").mkdir(exist_ok=True)
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (folder / "data/train.jsonl").write_text(f"{json.dumps(row)}\n" * 4, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "GRAFTVL_CACHE": str(folder / "cache")}
+    for command in commands:
+        _, *arguments = command.split()
+        done = subprocess.run(
+            [sys.executable, *arguments], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+    assert (folder / "page.html").exists() and (folder / "encoded.jsonl").exists()

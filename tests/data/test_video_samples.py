@@ -221,7 +221,7 @@ def test_a_run_learns_from_a_video(clips, tmp_path, monkeypatch, capsys):
     rows = [row("<video>what?", "a pattern", videos=[str(clips / "landscape.mp4")]), row()]
     setting = {
         "model": write_hybrid(tmp_path / "model"),
-        "dataset": [write_jsonl(tmp_path / "data.jsonl", rows)],
+        "dataset": [str(write_jsonl(tmp_path / "data.jsonl", rows))],
     }
     options = {"max_steps": 1, "global_batch_size": 2, "fps_max_frames": 6}
     run = run_plain(setting, tmp_path / "run", **options)

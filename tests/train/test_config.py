@@ -57,6 +57,8 @@ def test_a_mistake_is_told_in_one_sentence(monkeypatch, capsys, setting, tmp_pat
     [("nowhere.jsonl", "does not exist"), ("data.csv", "only .jsonl, .json, .parquet")],
 )
 def test_data_that_cannot_be_read_is_named(monkeypatch, capsys, setting, tmp_path, name, says):
+    if name == "data.csv":
+        (tmp_path / name).write_text("a,b")
     missing = setting | {"dataset": [str(tmp_path / name)]}
     code, lines = run_main(monkeypatch, capsys, missing, tmp_path / "run")
     assert code == 2 and name in lines[-1] and says in lines[-1]

@@ -52,5 +52,5 @@ def test_a_killed_data_worker(run):
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     assert len(children) == 2
     os.kill(int(children[0]), signal.SIGKILL)
-    assert end_of(run)[-1].startswith("error: a data worker was killed (Killed)")
+    assert end_of(run)[-1].startswith("error: a data worker was killed (SIGKILL)")
     assert run.returncode == 1

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from copy import copy
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -243,7 +243,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
             model = resolve_model(options.model, options.hub)
             proof = prove(sources, processor, model, options.prove_packing)
             show("\n" + proof.table())
-            found["packing"] = {"holds": proof.holds, "rows": [asdict(row) for row in proof.rows]}
+            found["packing"] = proof.as_json()
             complaint = complaint or (None if proof.holds else "packing does not hold")
         if options.json:
             write_json(options.json, found)

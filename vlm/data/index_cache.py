@@ -13,6 +13,7 @@ import os
 import tempfile
 import warnings
 from dataclasses import dataclass, fields
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -41,9 +42,15 @@ def processor_fingerprint(processor: Processor) -> str:
     template = (processor.default_system, processor.think)
     content = sha256(repr((config.vision, ids, settings, template)).encode())
     content.update(processor.tokenizer.to_str().encode())
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        content.update(path.read_bytes())  # all of vlm/data: no version number to forget
+    content.update(_code())
     return content.hexdigest()
+
+
+@cache
+def _code() -> bytes:
+    """Of all of vlm/data, so that there is no version number to forget."""
+    paths = sorted(Path(__file__).parent.rglob("*.py"))
+    return sha256(b"".join(path.read_bytes() for path in paths)).digest()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ class Entry:
     """`file:line`."""
     reason: str
     found: str
-    """`index` (from headers and text) or `decoding`."""
+    """`index` or, of a stream, `reading` (both from headers and text); or `decoding`."""
     action: str = "skipped"
 
 

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
+from multiprocessing import active_children
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +24,9 @@ from vlm.data.schema import BadSample
 from vlm.data.sources import DataError
 from vlm.data.watch import DataWorkerError, Watch
 
+if TYPE_CHECKING:
+    from vlm.data.stream import StreamDataset
+
 
 @dataclass(frozen=True)
 class Step:
@@ -37,6 +42,10 @@ class Step:
     """Targets of text alone that the plan leaves out; the first rank answers for them all."""
     sources: int
     """How many the data has."""
+    next: Position
+    """Of the step after this one."""
+    window: int = 0
+    """Of a stream: checksum of the samples it was planned with, the same on all ranks."""
 
     @property
     def ids(self) -> list[str]:
@@ -127,11 +136,24 @@ class StepDataset(Dataset):
             flops=sum(float(self.plan.costs[numbers].sum()) for numbers in mine),
             skipped_targets=0 if self.rank else self.plan.skipped_targets(position),
             sources=len(self.sources),
+            next=self._after(position),
         )
+
+    def sample_id(self, number: int) -> str:
+        """Of a number that `Watch` has."""
+        return self.index.sample_id(number)
+
+    def loading(self, start: Position) -> dict:
+        """What a DataLoader needs to give the steps from `start` on."""
+        return {"dataset": self, "sampler": _Positions(self.plan, start)}
 
     def costliest(self) -> Batch:
         """The micro-batch that takes most memory (`Plan.costliest`)."""
         return self._batch(self.plan.costliest(), [])
+
+    def _after(self, position: Position) -> Position:
+        size = self.plan.steps_per_epoch
+        return Position(*divmod(position.epoch * size + position.batch + 1, size))
 
     def _batch(self, numbers: list[int], bad: list[Entry]) -> Batch:
         examples = [(self._example(number, bad), self.index.source[number]) for number in numbers]
@@ -170,7 +192,7 @@ class StepDataset(Dataset):
 
 @contextmanager
 def open_loader(
-    dataset: StepDataset,
+    dataset: "StepDataset | StreamDataset",
     start: Position,
     workers: int = 0,
     pin_memory: bool = False,
@@ -183,28 +205,31 @@ def open_loader(
         timeout: seconds to wait for a step before the workers are called stuck.
 
     Raises (anywhere inside the `with` block):
-        DataWorkerError: a worker died or is stuck. Any error ends the workers at once.
+        DataWorkerError: a worker died or is stuck, or a shard of a stream cannot be read. Any
+            error ends the workers at once.
     """
-    if not workers:
-        yield iter(_loader(dataset, start, workers=0, pin_memory=pin_memory))
-        return
-    _allow_open_files()
-    watch = Watch(workers)
-    dataset = replace(dataset, watch=watch)
+    watch = None
+    if workers:
+        _allow_open_files()
+        watch = Watch(workers)
+        dataset = replace(dataset, watch=watch)
+    before = active_children()
+    steps = iter(_loader(dataset, start, workers, pin_memory, timeout if workers else 0))
+    started = [child for child in active_children() if child not in before]
     try:
-        yield iter(_loader(dataset, start, workers, pin_memory, timeout))
+        yield steps
     except BaseException as error:
-        watch.kill()
-        message = watch.explain(error, dataset.index.sample_id)
+        message = watch.end(error, started, dataset.sample_id) if watch else None
+        if isinstance(error, DataError):  # a shard of a stream; a worker's comes with its traceback
+            message = str(error).rpartition("DataError: ")[2].strip()
         if message is None:
             raise
         raise DataWorkerError(message) from error
 
 
-def _loader(dataset, start, workers, pin_memory, timeout=0) -> DataLoader:
+def _loader(dataset, start, workers, pin_memory, timeout) -> DataLoader:
     return DataLoader(
-        dataset,
-        sampler=_Positions(dataset.plan, start),
+        **dataset.loading(start),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=2 if workers else None,

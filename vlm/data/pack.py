@@ -165,7 +165,7 @@ def _swap(level, heavy: int, light: int, apart: int, work, sizes, limits) -> int
     a, b = level[heavy], level[light]
     # the last column gives nothing back: a move
     change = work[a][:, None] - np.append(work[b], 0)
-    growth = 0 * sizes[a][:, None] - np.vstack([sizes[b], np.zeros_like(limits)])  # of the light bin
+    growth = sizes[a][:, None] - np.vstack([sizes[b], np.zeros_like(limits)])  # of the light bin
     fits = (growth <= limits - sizes[b].sum(axis=0)).all(axis=-1)
     fits &= (-growth <= limits - sizes[a].sum(axis=0)).all(axis=-1)
     left = np.where(fits, np.abs(apart - 2 * change), apart)

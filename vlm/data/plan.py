@@ -23,6 +23,10 @@ class Position:
 
     epoch: int
     batch: int
+    shard: int = 0
+    row: int = 0
+    """Of a stream: place of the shard in the epoch's order, and its row, where the window begins
+    that the batch is of. 0 in indexed data."""
 
 
 @dataclass(frozen=True)

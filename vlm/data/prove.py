@@ -7,7 +7,8 @@ float32.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from math import isfinite
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,12 @@ class Proof:
     @property
     def holds(self) -> bool:
         return all(row.holds for row in self.rows)
+
+    def as_json(self) -> dict:
+        rows = [asdict(row) | {"holds": row.holds} for row in self.rows]
+        for row in rows:  # JSON has no inf and no nan
+            row |= {k: str(v) for k, v in row.items() if isinstance(v, float) and not isfinite(v)}
+        return {"holds": self.holds, "samples": self.samples, "rows": rows}
 
     def table(self) -> str:
         width = max(len(row.name) for row in self.rows)
@@ -154,14 +161,16 @@ def compare(model: VisionLanguageModel, packs: list[list[Example]]) -> list[Row]
     loss_alone = _learn(model, singles, "one by one")
     alone = {name: None if p.grad is None else p.grad.cpu() for name, p in model.named_parameters()}
     loss = _learn(model, packs, "packed")
-    sums = {part: np.zeros(4) for part in PARTS}  # |a|^2, |p|^2, |p - a|^2, a . p
+    sums = {part: [0.0] * 4 for part in PARTS}  # |a|^2, |p|^2, |p - a|^2, a . p
     for name, parameter in model.named_parameters():
         if alone[name] is None and parameter.grad is None:
             continue
         one = torch.zeros_like(parameter, device="cpu") if alone[name] is None else alone[name]
         other = torch.zeros_like(one) if parameter.grad is None else parameter.grad.cpu()
         pairs = ((one, one), (other, other), (other - one,) * 2, (one, other))
-        sums[part_of(name)] += [_dot(left, right) for left, right in pairs]
+        part = part_of(name)
+        terms = (_dot(left, right) for left, right in pairs)
+        sums[part] = [held + term for held, term in zip(sums[part], terms, strict=True)]
     model.zero_grad(set_to_none=True)
     rows = [Row("loss", _relative(abs(loss - loss_alone), abs(loss_alone)), loss_alone, loss)]
     for part, (one, other, apart, product) in sums.items():
@@ -209,7 +218,7 @@ def isolate(model: VisionLanguageModel, packs: list[list[Example]]) -> list[Row]
     names = tuple(
         f"{what} beside a changed sample" for what in ("vision features", "hidden states")
     )
-    roots = [np.sqrt(sums) for sums in (features, hidden)]
+    roots = [np.sqrt(sums).tolist() for sums in (features, hidden)]
     return [
         Row(name, _relative(apart, one), one, two)
         for name, (one, two, apart) in zip(names, roots, strict=True)

@@ -111,7 +111,7 @@ def open_sources(
     if not parsed:
         raise DataError("no data is named; give at least one file, directory or data set")
     sources: list[Source] = []
-    for spec, name in zip(parsed, _names(parsed), strict=True):
+    for spec, name in zip(parsed, source_names(parsed), strict=True):
         root = spec.media_root or media_root
         if root is not None and not Path(root).is_dir():
             raise DataError(f"media_root {root} is not a directory")
@@ -152,7 +152,7 @@ def _check(spec: SourceSpec) -> None:
         raise DataError(f"{spec.path} has hub {spec.hub!r}; use {' or '.join(get_args(Hub))}")
 
 
-def _names(specs: Sequence[SourceSpec]) -> list[str]:
+def source_names(specs: Sequence[SourceSpec]) -> list[str]:
     """Each source's own, else its file's name without the suffix, else (not unique) its path."""
     short = [spec.name or Path(spec.path).stem for spec in specs]
     names = [

@@ -21,20 +21,21 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vlm.batch import Batch
+from vlm.data.formats.context import RowContext
 from vlm.data.index import Index
-from vlm.data.index_cache import Measures, processor_fingerprint
+from vlm.data.index_cache import Measures
 from vlm.data.ledger import Entry
 from vlm.data.loader import Step, StepDataset
 from vlm.data.pack import Budget
 from vlm.data.plan import Plan, Position
 from vlm.data.processor import Processor, Sizes
 from vlm.data.schema import BadSample, Sample
-from vlm.data.sources import DataError, RowContext, SourceSpec, parse_spec, source_names
+from vlm.data.sources import DataError, SourceSpec, parse_spec, source_names
 from vlm.data.stream_rows import Shard, find_shards
 from vlm.data.watch import Watch
 
-Row = tuple[int, Shard, int, object]
-"""A shard's place in the epoch's order, the shard, the row's number in it, and the row."""
+Row = tuple[int, int, int, object]
+"""A shard's place in the epoch's order, its number, the row's number in it, and the row."""
 ROW_BITS = 32
 """Of the number under which a worker tells the row that it is at; the others are the shard's."""
 
@@ -46,16 +47,16 @@ class Stream:
     shards: tuple[Shard, ...]
     """Of all sources; an epoch reads each once."""
 
-    def order(self, seed: int, epoch: int) -> list[Shard]:
-        """The shards in an epoch's order."""
-        numbers = np.random.default_rng((seed, epoch)).permutation(len(self.shards))
-        return [self.shards[number] for number in numbers]
+    def order(self, seed: int, epoch: int) -> list[int]:
+        """Numbers of the shards in an epoch's order."""
+        return np.random.default_rng((seed, epoch)).permutation(len(self.shards)).tolist()
 
     def fingerprint(self, processor: Processor, window: int) -> str:
         """Changes where the same seed would give other batches, as far as can be told without
         reading the shards: by their names and sizes."""
         shards = [(shard.url, shard.size, shard.source) for shard in self.shards]
-        content = repr((shards, window, processor_fingerprint(processor)))
+        limits = (processor.limits, processor.max_length, processor.truncation, processor.think)
+        content = repr((shards, window, limits))
         return sha256(content.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
@@ -189,7 +190,8 @@ class StreamDataset:
         """All from there to the end of the epoch."""
         order = self.stream.order(self.seed, start.epoch)
         for place in range(start.shard, len(order)):
-            for row, raw in order[place].rows(start.row if place == start.shard else 0):
+            shard = self.stream.shards[order[place]]
+            for row, raw in shard.rows(start.row if place == start.shard else 0):
                 yield place, order[place], row, raw
 
     def _read_window(self, rows: Iterator[Row]) -> tuple[Window, tuple[int, int], list[Entry]]:
@@ -199,8 +201,9 @@ class StreamDataset:
         sources: list[int] = []
         bad: list[Entry] = []
         end = (len(self.stream.shards), 0)
-        for place, shard, row, raw in rows:
-            self._at((self.stream.shards.index(shard) << ROW_BITS) + row)
+        for place, number, row, raw in rows:
+            shard = self.stream.shards[number]
+            self._at((number << ROW_BITS) + row)
             try:
                 sample = shard.parse(row, raw)
                 sizes.append(self.processor.measure(sample))

@@ -132,8 +132,7 @@ def _read_parquet(file: BinaryIO, start: int) -> Iterator[tuple[int, dict]]:
             continue
         for part in table.iter_batches(PARQUET_ROWS, row_groups=[group], use_threads=False):
             skipped = min(max(start - number, 0), len(part))
-            for place, row in enumerate(part.slice(skipped).to_pylist(), number + skipped):
-                yield place, row
+            yield from enumerate(part.slice(skipped).to_pylist(), number + skipped)
             number += len(part)
 
 
@@ -147,9 +146,22 @@ def _read_tar(file: BinaryIO, start: int) -> Iterator[tuple[int, dict[str, bytes
     yield from islice(enumerate(_tar_samples(file)), start, None)
 
 
+class _Member(tarfile.TarInfo):
+    """One that `tarfile` does not take for the end of the archive where it is damaged."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # the mark of the end
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"cut off or damaged: {error}") from None
+
+
 def _tar_samples(file: BinaryIO) -> Iterator[dict[str, bytes]]:
     sample, last = {}, None
-    with closing(tarfile.open(fileobj=file, mode="r|*")) as archive:
+    with closing(tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member)) as archive:
         for member in archive:
             archive.members = []  # else it remembers all
             if not member.isfile():

@@ -13,18 +13,18 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vlm.checkpoint import CheckpointError
-from vlm.config import VisionConfig
-from vlm.cost import PARTS, sample_flops
+from vlm.config import VisionConfig, VLMConfig
+from vlm.cost import PARTS
+from vlm.data.index import Index, build_index
+from vlm.data.index_cache import default_cache_dir
 from vlm.data.ledger import Entry
-from vlm.data.options import data_parser, open_data, rows_of
+from vlm.data.options import data_parser, open_data
 from vlm.data.pack import Budget, arrange
-from vlm.data.processor import IGNORED, Example, Processor, Sizes
+from vlm.data.processor import IGNORED, Example, Processor
 from vlm.data.schema import BadSample
 from vlm.data.sources import DataError, Source
 from vlm.data.view_page import Piece, View, render_page
@@ -104,51 +104,37 @@ def unpatchify(patches: Tensor, height: int, width: int, config: VisionConfig) -
 
 
 def look(sources: tuple[Source, ...], processor: Processor, options: argparse.Namespace) -> View:
-    """Walk through all the data, and encode what is shown of it."""
-    sizes: list[Sizes] = []
-    names: list[str] = []
-    bad: list[Entry] = []
+    """Measure all the data, and encode what is shown of it."""
+    index, bad = build_index(sources, processor, options.dataset_num_proc, default_cache_dir())
     samples = []
-    for source, row, place in tqdm(rows_of(sources), desc="view", unit=" samples", disable=None):
+    for number in range(len(index)):
+        if len(samples) == options.samples:
+            break
         try:
-            sample = source.parse(row, place)
-            measured = processor.measure(sample)
-            if len(samples) < options.samples:
-                example = processor.encode(sample)
-                shown = pictures(example, processor.config.vision)
-                samples.append((example, pieces(example, processor), shown))
-        except BadSample as error:
-            bad.append(Entry(error.sample_id, error.reason, "index"))
+            example = processor.encode(index.sample(number))
+        except BadSample as error:  # its header was good
+            bad.append(Entry(error.sample_id, error.reason, "decoding"))
             continue
-        sizes.append(measured)
-        names.append(sample.id)
-    if not sizes and not bad:
-        raise DataError(f"{', '.join(options.data)}: there is no sample in it")
-    packs = _first_batch(sizes, processor, options)
+        shown = pictures(example, processor.config.vision)
+        samples.append((example, pieces(example, processor), shown))
     return View(
         data=options.data,
         model=str(options.model),
-        names=names,
-        sizes=sizes,
+        index=index,
         bad=bad,
-        packs=packs,
+        packs=_first_batch(index, processor.config, options),
         token_budget=options.token_budget,
         samples=samples,
         vision=processor.config.vision,
     )
 
 
-def _first_batch(sizes: list[Sizes], processor: Processor, options) -> list[list[list[int]]]:
+def _first_batch(index: Index, config: VLMConfig, options) -> list[list[list[int]]]:
     """[rank][micro-batch][sample] of the first samples, as a step would pack them."""
-    chosen = sizes[: options.global_batch_size]
-    config = processor.config
-    costs = [sample_flops(config, s.length, s.grid_thw, s.targets, PARTS) for s in chosen]
-    patches = [sum(t * h * w for t, h, w in s.grid_thw) for s in chosen]
+    some = slice(options.global_batch_size)
     budget = Budget(tokens=options.token_budget, patches=options.patch_budget)
-    lengths = np.array([s.length for s in chosen], np.int64)
-    if not chosen:
-        return []
-    return arrange(np.array(costs), lengths, np.array(patches, np.int64), options.world, budget)
+    costs = index.costs(config, PARTS)[some]
+    return arrange(costs, index.length[some], index.patches[some], options.world, budget)
 
 
 def write_page(path: Path, view: View) -> None:
@@ -161,6 +147,7 @@ def parse_arguments(arguments: Iterable[str] | None = None) -> argparse.Namespac
     parser = data_parser("view", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="the page to write")
     parser.add_argument("--samples", type=int, default=20, help="how many are shown")
+    parser.add_argument("--dataset_num_proc", type=int, default=1, help="processes that index")
     parser.add_argument("--world", type=int, default=8, help="ranks of the packed batch")
     parser.add_argument("--global_batch_size", type=int, default=128)
     parser.add_argument("--token_budget", type=int, default=Budget.tokens)
@@ -177,7 +164,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     except (ConfigError, CheckpointError, DataError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{len(view.sizes)} good samples, {len(view.bad)} bad; wrote {options.out}")
+    print(f"{len(view.index)} good samples, {len(view.bad)} bad; wrote {options.out}")
     return 0
 
 

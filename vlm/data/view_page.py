@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from vlm.config import VisionConfig
+from vlm.data.index import Index
 from vlm.data.ledger import Entry
-from vlm.data.processor import Example, Sizes
+from vlm.data.processor import Example
 from vlm.page import page, text
 
 BARS = 40
@@ -61,9 +62,8 @@ class View:
 
     data: Sequence[str]
     model: str
-    names: list[str]
-    """Ids of the good samples."""
-    sizes: list[Sizes]
+    index: Index
+    """The good samples."""
     bad: list[Entry]
     packs: list[list[list[int]]]
     """[rank][micro-batch][sample] of the first global batch."""
@@ -75,11 +75,10 @@ class View:
 
 def render_page(view: View) -> str:
     title = f"{', '.join(view.data)} as {view.model} sees it"
-    parts = [f"<h1>{text(title)}</h1>", _totals(view), _histogram(view.sizes)]
+    parts = [f"<h1>{text(title)}</h1>", _totals(view), _histogram(view.index.length)]
     if view.bad:
         parts.append(_bad_table(view.bad))
-    if view.packs:
-        parts.append(_packs(view))
+    parts.append(_packs(view))
     if view.samples:
         parts.append(f"<h2>The first {len(view.samples)} samples</h2>{_legend()}")
         parts += [_sample(*sample, view.vision) for sample in view.samples]
@@ -87,21 +86,18 @@ def render_page(view: View) -> str:
 
 
 def _totals(view: View) -> str:
-    tokens = sum(s.length for s in view.sizes)
-    targets = sum(s.targets for s in view.sizes)
-    media = sum(len(s.grid_thw) for s in view.sizes)
-    share = f"{targets / tokens:.1%}" if tokens else "none"
+    index = view.index
+    tokens, targets, media = (
+        int(column.sum(dtype=np.int64)) for column in (index.length, index.targets, index.media)
+    )
     return (
-        f'<p id="totals">{len(view.sizes):,} good samples with {tokens:,} tokens, of which '
-        f"{targets:,} ({share}) are learnt, and {media:,} images and videos; "
+        f'<p id="totals">{len(index):,} good samples with {tokens:,} tokens, of which '
+        f"{targets:,} ({targets / tokens:.1%}) are learnt, and {media:,} images and videos; "
         f'<span class="{"bad" if view.bad else "good"}">{len(view.bad):,} bad</span>.</p>'
     )
 
 
-def _histogram(sizes: list[Sizes]) -> str:
-    if not sizes:
-        return ""
-    lengths = np.array([s.length for s in sizes])
+def _histogram(lengths: np.ndarray) -> str:
     top = max(int(lengths.max()), BARS)
     counts, edges = np.histogram(lengths, BARS, (0, top))
     bars = []
@@ -140,7 +136,7 @@ def _packs(view: View) -> str:
     lines, y = [], 0
     longest = max(
         [view.token_budget]
-        + [sum(view.sizes[s].length for s in pack) for rank in view.packs for pack in rank]
+        + [int(view.index.length[pack].sum()) for rank in view.packs for pack in rank]
     )
     scale = 840 / longest
     for rank, micro_batches in enumerate(view.packs):
@@ -149,8 +145,8 @@ def _packs(view: View) -> str:
             lines.append(f'<text class="quiet" x="0" y="{y + 13}">{label}</text>')
             x = 100.0
             for place, sample in enumerate(pack):
-                width = view.sizes[sample].length * scale
-                tip = f"{view.names[sample]}: {view.sizes[sample].length} tokens"
+                width = int(view.index.length[sample]) * scale
+                tip = f"{view.index.sample_id(sample)}: {view.index.length[sample]} tokens"
                 lines.append(
                     f'<g><title>{text(tip)}</title><rect x="{x:.2f}" y="{y}" width="{width:.2f}" '
                     f'height="16" fill="var(--s{place % 2})"/></g>'

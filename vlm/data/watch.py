@@ -1,13 +1,16 @@
 """What each data worker is at, so that one that dies or hangs can be told with its sample."""
 
 import os
-import re
 import signal
 import time
-from collections.abc import Callable
-from multiprocessing import active_children
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 
 import torch
+
+NOTICED_AFTER = 2.0
+"""Seconds from the first sign that a worker is gone to its end."""
 
 
 class DataWorkerError(RuntimeError):
@@ -30,41 +33,52 @@ class Watch:
     def at(self, number: int) -> None:
         """In a worker: it begins sample `number`, or rests (-1). Elsewhere nothing happens."""
         if self._own is not None:
-            self._rows[self._own, 1:] = torch.tensor([number, time.monotonic()])
+            self._rows[self._own, 1:] = torch.tensor(
+                [number, time.monotonic()], dtype=torch.float64
+            )
 
-    def explain(self, error: BaseException, name: Callable[[int], str]) -> str | None:
-        """A sentence about an error of the DataLoader; None for any other.
+    def end(
+        self, error: BaseException, workers: Sequence[BaseProcess], name: Callable[[int], str]
+    ) -> str | None:
+        """Kill the workers, even stuck ones.
 
         Args:
             name: id of the sample of a number.
+
+        Returns:
+            A sentence about the error, if they are to blame for it; else None.
         """
-        text = f"{error} {error.__cause__ or ''}".strip()  # the signal is in the cause
-        if not (isinstance(error, RuntimeError) and text.startswith("DataLoader")):
+        raising = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's, for each dead worker
+        message = self._explain(error, workers, name)
+        for worker in workers:
+            worker.kill()
+            worker.join()
+        signal.signal(signal.SIGCHLD, raising)  # torch sets it but once in a process
+        return message
+
+    def _explain(self, error, workers, name) -> str | None:
+        from_loader = isinstance(error, RuntimeError) and str(error).startswith("DataLoader")
+        if not (from_loader or isinstance(error, OSError | EOFError)):
             return None
         rows = [(int(pid), int(n), began) for pid, n, began in self._rows.tolist() if n >= 0]
-        dead = {int(pid) for pid in re.findall(r"\d+", text.partition("pid")[2])}
-        if dead:
-            names = [name(number) for pid, number, _ in rows if pid in dead]
-            how = re.search(r"killed by signal: ([\w ]+)", text)
-            how = f"was killed ({how[1].strip()})" if how else "died"
-            where = f"while it read {', '.join(names)}" if names else "between two samples"
+        if from_loader and "timed out" in str(error):
+            now = time.monotonic()
+            stuck = [f"{name(number)} (since {now - began:.0f} s)" for _, number, began in rows]
             return (
-                f"a data worker {how} {where}; is memory short, or the file broken? Fewer "
-                "dataloader_num_workers take less memory"
+                f"no data came in time ({error}); the workers are at "
+                f"{', '.join(stuck) or 'no sample'}; is the storage down, or dataloader_timeout "
+                "short?"
             )
-        now = time.monotonic()
-        stuck = [f"{name(number)} (since {now - began:.0f} s)" for _, number, began in rows]
+        # a tensor that was being handed over breaks off before the worker's end is seen
+        wait([worker.sentinel for worker in workers], NOTICED_AFTER)
+        dead = {worker.pid: worker.exitcode for worker in workers if worker.exitcode}
+        if not dead:
+            return str(error) if from_loader else None
+        pid, code = next(iter(dead.items()))
+        names = [name(number) for owner, number, _ in rows if owner == pid]
+        how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with {code}"
         return (
-            f"no data came in time ({error}); the workers are at "
-            f"{', '.join(stuck) or 'no sample'}; is the storage down, or dataloader_timeout short?"
+            f"a data worker {how} "
+            + (f"while it read {names[0]}" if names else "between two samples")
+            + "; is memory short, or the file broken? Fewer dataloader_num_workers take less memory"
         )
-
-    def kill(self) -> None:
-        """End the workers, even stuck ones, without waiting for them."""
-        raising = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's, for each of them
-        pids = set(self._rows[:, 0].tolist())
-        for child in active_children():
-            if child.pid in pids:
-                child.kill()
-                child.join()
-        signal.signal(signal.SIGCHLD, raising)  # torch sets it but once in a process
