@@ -29,12 +29,15 @@ from serve.source import find_model, limits_of, training_stages
 from vlm.checkpoint import CheckpointError, TensorReader, save_model
 from vlm.config import VLMConfig
 from vlm.data.limits import Limits
+from vlm.graft.report import REPORT
 from vlm.graft.tokenizer import TOKENIZER_FILES
 from vlm.hf_config import ConfigError, read_config, read_json
 from vlm.hub import Hub, add_hub_argument
+from vlm.partial import check_new
 from vlm.shards import Entry
 
 FORMATS = ("hf", "vllm_stock")
+LARGEST_SHARD_GB = 1_000_000
 DTYPES = {"bfloat16": "BF16", "float32": "F32"}
 
 
@@ -66,8 +69,7 @@ def export(options: ExportOptions) -> Path:
         ConfigError, CheckpointError: one sentence about what does not fit; nothing is left at
             the export's final name.
     """
-    if options.out.exists():
-        raise ConfigError(f"{options.out} exists; remove it or choose another --out")
+    check_new(options.out)
     source = find_model(options.source, options.hub)
     raw, config = read_json(source / "config.json"), read_config(source)
     format = written_format(source, raw, config, options.format)
@@ -86,7 +88,7 @@ def export(options: ExportOptions) -> Path:
     tensors = export_tensors(source, format, options.dtype, written_config)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            for table in TOKENIZER_FILES:
+            for table in (*TOKENIZER_FILES, REPORT):
                 if (source / table).exists():
                     shutil.copyfile(source / table, Path(folder) / table)
             save_model(unchecked, tensors, folder, written_config, int(options.max_shard_gb * 1e9))
@@ -107,7 +109,7 @@ def written_format(source: Path, raw: dict, config: VLMConfig, asked: Format) ->
     """
     if raw["model_type"] == "graft_vl":
         return asked
-    grafted = any((source / name).exists() for name in ("graft_report.json", LITERAL))
+    grafted = any((source / name).exists() for name in (REPORT, LITERAL))
     if config.text.qk_norm or not grafted:
         raise ConfigError(f"{source} is a {raw['model_type']} model; a graft is exported")
     if asked != "hf":
@@ -179,8 +181,8 @@ def parse_arguments(arguments: list[str] | None = None) -> ExportOptions:
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload to this hub repository")
     parser.add_argument("--private", action="store_true", help="a repository made by --push")
     given = vars(parser.parse_args(arguments))
-    if given["max_shard_gb"] <= 0:
-        parser.error("--max_shard_gb must be above 0")
+    if not 0 < given["max_shard_gb"] <= LARGEST_SHARD_GB:  # not so for NaN either
+        parser.error(f"--max_shard_gb must be above 0 and up to {LARGEST_SHARD_GB:,}")
     names = [field.name for field in fields(Limits)]
     limits = {name: given.pop(name) for name in names}
     given["limits"] = {name: value for name, value in limits.items() if value is not None}

@@ -11,12 +11,12 @@ mistake in what was asked for, told in one sentence.
 import math
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from train.config import TrainConfig, UsageError, parse
+from train.data import open_data
 from train.engine import check_engine, start_engine
 from train.freeze import banner, freeze, trained_parts
 from train.metrics import Log, Window, introduction
@@ -24,16 +24,11 @@ from train.optim import learning_rate_scale, set_learning_rate
 from train.state import Run, restore_engine
 from train.world import World
 from vlm.checkpoint import CheckpointError, load_model
-from vlm.data.index import Index, build_index
-from vlm.data.index_cache import default_cache_dir
-from vlm.data.index_report import index_report
-from vlm.data.ledger import Entry, Ledger, TooManyBadSamples
+from vlm.data.ledger import TooManyBadSamples
 from vlm.data.limits import Limits
-from vlm.data.loader import StepDataset, make_plan, open_loader
-from vlm.data.plan_report import report
+from vlm.data.loader import open_loader
 from vlm.data.processor import Processor
-from vlm.data.sources import DataError, Source, open_sources
-from vlm.data.stream import Stream, StreamDataset, open_stream
+from vlm.data.sources import DataError
 from vlm.data.watch import DataWorkerError
 from vlm.hf_config import ConfigError
 from vlm.hub import resolve_model
@@ -51,7 +46,7 @@ def train(config: TrainConfig, world: World) -> None:
     torch.manual_seed(config.seed + world.rank)
     model_dir = found[0] / "model" if found else _given_model(config, world)
 
-    # ---- data: measured once, by the first rank; the plan follows from the measures
+    # ---- data, and the plan that follows from its measures
     processor = Processor.from_pretrained(
         model_dir,
         Limits.of(config),
@@ -59,32 +54,8 @@ def train(config: TrainConfig, world: World) -> None:
         truncation=config.truncation,
         think=config.think,
     )
-    trains = trained_parts(config)
-    skips_text = config.skip_text_only and "llm" not in trains
-    ledger = Ledger(run.ledger, writes=world.first, strict=config.on_bad == "error")
-    if config.streaming:
-        stream = _open_stream(config, world)
-        bad, good, data = [], 0, stream.fingerprint(processor, config.stream_window)
-    else:
-        index, bad = _measure(config, world, processor)
-        good, data = len(index), index.fingerprint()
-        ledger.record(bad)
-        ledger.check(good + len(bad), config.max_bad_fraction)
-    progress = found[1] if found else run.begin(good, data)
-    run.check(progress, good, data)
-    if config.streaming:
-        shape = (progress.global_batch_size, config.stream_window, config.seed, world.rank)
-        limits = (world.size, config.budget, skips_text)
-        dataset = StreamDataset(stream, processor, trains, *shape, *limits)
-        total_steps = config.max_steps
-        about = [f"stream: {len(stream.shards):,} shards, windows of {config.stream_window} steps"]
-    else:
-        costs = index.costs(processor.config, trains)
-        fixed = (progress.global_batch_size, config.seed, world.size)
-        plan = make_plan(index, costs, *fixed, config.budget, skips_text)
-        dataset = StepDataset(index, processor, plan, world.rank)
-        total_steps = config.max_steps or plan.steps_per_epoch * config.num_train_epochs
-        about = [index_report(index, bad), report(plan, most_steps=20).line()] * world.first
+    data = open_data(config, world, run, processor, trained_parts(config), found and found[1])
+    dataset, progress, total_steps = data.dataset, data.progress, data.total_steps
 
     # ---- model and engine
     model = load_model(model_dir, getattr(torch, config.dtype), world.device).train()
@@ -92,9 +63,9 @@ def train(config: TrainConfig, world: World) -> None:
     model.set_recompute("full" if config.gradient_checkpointing else "none")
     log = Log(run.log, progress.step, total_steps, enabled=world.first)
     log.say(f"model {model_dir}")  # a hub's revision is in it, for a run that started from there
-    log.say(introduction(config, world, progress, good, len(bad), total_steps))
+    log.say(introduction(config, world, progress, data.good, data.bad, total_steps))
     log.say(banner(model, groups))
-    for text in about:
+    for text in data.about:
         log.say(text)
     _warm_up(model, dataset, world)  # memory fails here or never, but for a stream
     workers, timeout = config.dataloader_num_workers, config.dataloader_timeout
@@ -114,18 +85,10 @@ def train(config: TrainConfig, world: World) -> None:
             # What only this rank knows becomes known to all: how many targets its samples really
             # have (one may have turned out bad), and which were bad.
             world.check_in()
-            if config.streaming and len(set(world.gather([part.window]))) > 1:
-                raise DataError(
-                    "the ranks read different samples of the stream; can each of them read all?"
-                )
-            own = [part.targets, part.tokens, part.samples, part.flops, len(part.bad)]
-            targets, *counts = world.sum(own + part.targets_by_source)
-            broken, seen = counts[3], counts[4:]
-            if broken:
-                ledger.record(world.gather(part.bad))
-                # of a stream: those read so far, about
-                read = good or (step + config.stream_window) * progress.global_batch_size
-                ledger.check(read + len(bad), config.max_bad_fraction)
+            own = [part.targets, part.tokens, part.samples, part.flops]
+            own += [len(part.bad), part.window, *part.targets_by_source]
+            targets, tokens, samples, flops, broken, windows, *seen = world.sum(own)
+            data.account(step, part, broken, windows)
 
             if targets == 0:
                 log.write("skipped", step, reason="no targets", samples=world.gather(part.ids))
@@ -147,7 +110,7 @@ def train(config: TrainConfig, world: World) -> None:
                 loss = sum(sums) / max(sum(seen), 1)
                 if math.isfinite(norm) and math.isfinite(loss):
                     refused = 0
-                    window.add(loss, norm, [targets, *counts[:3]], sums, seen, waiting)
+                    window.add(loss, norm, [targets, tokens, samples, flops], sums, seen, waiting)
                 else:
                     refused += 1
                     ids = world.gather(part.ids)
@@ -175,45 +138,7 @@ def _given_model(config: TrainConfig, world: World) -> Path:
     return world.from_first_of_machine(lambda: resolve_model(config.model, config.hub))
 
 
-def _measure(config: TrainConfig, world: World, processor: Processor) -> tuple[Index, list[Entry]]:
-    """The index, and the bad samples, by the first rank's work."""
-    sources = _open_sources(config, world)
-
-    def measure() -> tuple[Index, list[Entry]]:
-        workers, folder = config.dataset_num_proc, default_cache_dir()
-        index, bad = build_index(sources, processor, workers, folder)
-        return replace(index, sources=()), bad  # every rank has opened its own
-
-    index, bad = world.from_first(measure)
-    return replace(index, sources=sources), bad
-
-
-def _open_stream(config: TrainConfig, world: World) -> Stream:
-    """The shards, as the first rank finds them."""
-
-    def find() -> Stream:
-        root, urls = config.media_root, config.allow_urls
-        return open_stream(config.dataset, media_root=root, allow_urls=urls)
-
-    return world.from_first(find)
-
-
-def _open_sources(config: TrainConfig, world: World) -> tuple[Source, ...]:
-    """The data; what a hub has is downloaded once on each machine."""
-
-    def opened() -> tuple[Source, ...]:
-        return open_sources(
-            config.dataset,
-            media_root=config.media_root,
-            hub=config.hub,
-            allow_urls=config.allow_urls,
-        )
-
-    world.from_first_of_machine(lambda: len(opened()))  # a source itself may not travel
-    return opened()
-
-
-def _warm_up(model, dataset: StepDataset | StreamDataset, world: World) -> None:
+def _warm_up(model, dataset, world: World) -> None:
     """Forward and backward of the costliest micro-batch; the result is thrown away."""
     batch = dataset.costliest().to(world.device)
     hidden = model(batch)

@@ -137,7 +137,7 @@ def read_index(path: Path) -> dict[str, str]:
         outside = [file for file in weight_map.values() if Path(file).name != file]
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} has no sensible weight_map: {error!r:.150}") from None
     if outside:
         raise CheckpointError(f"{path} names {outside[0]}, which is no file beside it")

@@ -3,7 +3,27 @@
 `vlm/hf_config.py` translates them from and to the `config.json` of the hub.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+LARGEST = 10**9
+"""Of any number in a config; beyond it sizes overflow."""
+WANTED = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def check_numbers(config: object) -> None:
+    """Every int, float and bool field of a dataclass is one, and a number above 0.
+
+    Raises ValueError with the field and its value.
+    """
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type not in WANTED:
+            continue
+        fits = type(value) is field.type or (field.type is float and type(value) is int)
+        # not so for NaN either
+        if not fits or (field.type is not bool and not 0 < value <= LARGEST):
+            above = "" if field.type is bool else f" above 0 and up to {LARGEST}"
+            raise ValueError(f"{field.name} is {value!r}, not {WANTED[field.type]}{above}")
 
 
 @dataclass(frozen=True)
@@ -26,6 +46,25 @@ class VisionConfig:
     in_channels: int = 3
     tokens_per_second: float = 2
     """M-RoPE's temporal positions per second of video."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        if self.hidden_size % self.num_heads or self.head_dim % 4:
+            raise ValueError(
+                f"num_heads {self.num_heads} does not divide the tower's hidden_size "
+                f"{self.hidden_size} into heads of a multiple of 4 (rows and columns, in pairs)"
+            )
+        if self.window_size < self.patch_size * self.spatial_merge_size:
+            raise ValueError(
+                f"window_size {self.window_size} holds no visual token of "
+                f"{self.patch_size * self.spatial_merge_size} pixels"
+            )
+        for index in self.fullatt_block_indexes:
+            if type(index) is not int or not 0 <= index < self.depth:
+                raise ValueError(
+                    f"fullatt_block_indexes holds {index!r}; the tower's {self.depth} blocks are "
+                    f"0 to {self.depth - 1}"
+                )
 
     @property
     def head_dim(self) -> int:
@@ -63,9 +102,17 @@ class TextConfig:
     max_position_embeddings: int = 32768
 
     def __post_init__(self) -> None:
-        if self.mrope_section is not None and sum(self.mrope_section) != self.head_dim // 2:
+        check_numbers(self)
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; rope turns pairs")
+        section = self.mrope_section
+        if section is not None and not (
+            [type(part) for part in section] == [int] * 3 and min(section) >= 0
+        ):
+            raise ValueError(f"mrope_section is {list(section)}, not three whole numbers from 0 on")
+        if section is not None and sum(section) != self.head_dim // 2:
             raise ValueError(
-                f"mrope_section {list(self.mrope_section)} sums to {sum(self.mrope_section)}, "
+                f"mrope_section {list(section)} sums to {sum(section)}, "
                 f"but head_dim {self.head_dim} has {self.head_dim // 2} frequencies"
             )
         if self.num_attention_heads % self.num_key_value_heads:
@@ -87,6 +134,7 @@ class VLMConfig:
     vision_end_token_id: int
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.vision.out_hidden_size != self.text.hidden_size:
             raise ValueError(
                 f"the merger writes rows of width {self.vision.out_hidden_size}, "

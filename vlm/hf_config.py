@@ -5,6 +5,8 @@ our own `graft_vl`. What we cannot compute exactly is refused by name, never ign
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from vlm.config import TextConfig, VisionConfig, VLMConfig
@@ -17,6 +19,7 @@ MEDIA_TOKENS = (
     "vision_start_token_id",
     "vision_end_token_id",
 )
+JSON_NAMES = {dict: "a JSON object", list: "a list", int: "a whole number"}
 
 
 class ConfigError(ValueError):
@@ -29,7 +32,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; give the directory of a saved model") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # bad UTF-8 and JSON are ValueErrors
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds a {type(content).__name__}, not a JSON object")
@@ -51,32 +54,28 @@ def read_text_config(model_dir: Path | str) -> TextConfig:
 def parse_config(raw: dict, path: Path | str = "config.json") -> VLMConfig:
     """VLMConfig from the JSON object of a vision-language model."""
     _check_type(raw, VISION_LANGUAGE_TYPES, "vision-language model", path)
-    text = raw.get("text_config", raw)
+    text = _text_part(raw, path)
     tokens = {name: raw.get(name, text.get(name)) for name in MEDIA_TOKENS}
     missing = [name for name, value in tokens.items() if value is None]
-    if missing or "vision_config" not in raw:
-        raise ConfigError(f"{path} has no {(missing or ['vision_config'])[0]}")
-    try:
-        return VLMConfig(
-            vision=_parse_vision(raw["vision_config"], path),
-            text=parse_text_config(raw, path),
-            **tokens,
-        )
-    except ValueError as error:
-        raise error if isinstance(error, ConfigError) else ConfigError(f"{path}: {error}") from None
+    if missing:
+        raise ConfigError(f"{path} has no {missing[0]}")
+    vision = _need(raw, "vision_config", path, dict)
+    with _named(path):
+        return VLMConfig(_parse_vision(vision, path), parse_text_config(raw, path), **tokens)
 
 
 def parse_text_config(raw: dict, path: Path | str = "config.json") -> TextConfig:
     """TextConfig from the JSON object of a language model or a vision-language model."""
     kind = _check_type(raw, VISION_LANGUAGE_TYPES + TEXT_TYPES, "dense Qwen model", path)
-    text = raw.get("text_config", raw)
-    _refuse_unsupported(text, path)
+    text = _text_part(raw, path)
+    rope = _rope(text, path)
+    _refuse_unsupported(text, rope, path)
     qwen3_like = kind != "qwen2_5_vl"
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    section = rope.get("mrope_section")
-    heads = _need(text, "num_attention_heads", path)
-    hidden = _need(text, "hidden_size", path)
-    try:
+    section = _need(rope, "mrope_section", path, list) if rope.get("mrope_section") else None
+    heads = _need(text, "num_attention_heads", path, int)
+    hidden = _need(text, "hidden_size", path, int)
+    theta = rope.get("rope_theta") or _need(text, "rope_theta", path)
+    with _named(path):
         return TextConfig(
             vocab_size=_need(text, "vocab_size", path),
             hidden_size=hidden,
@@ -84,20 +83,29 @@ def parse_text_config(raw: dict, path: Path | str = "config.json") -> TextConfig
             num_hidden_layers=_need(text, "num_hidden_layers", path),
             num_attention_heads=heads,
             num_key_value_heads=_need(text, "num_key_value_heads", path),
-            head_dim=text.get("head_dim") or hidden // heads,
-            rope_theta=float(rope.get("rope_theta") or _need(text, "rope_theta", path)),
+            head_dim=text.get("head_dim") or hidden // max(heads, 1),
+            rope_theta=float(theta) if type(theta) is int else theta,
             rms_norm_eps=text.get("rms_norm_eps", 1e-6),
             # transformers reads the tie flag at the top level of a nested config
-            tie_word_embeddings=bool(
-                raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+            tie_word_embeddings=raw.get(
+                "tie_word_embeddings", text.get("tie_word_embeddings", False)
             ),
             qk_norm=text.get("qk_norm", qwen3_like),
             qkv_bias=not qwen3_like,
             mrope_section=tuple(section) if section else None,
             max_position_embeddings=text.get("max_position_embeddings", 32768),
         )
-    except ValueError as error:
-        raise error if isinstance(error, ConfigError) else ConfigError(f"{path}: {error}") from None
+
+
+@contextmanager
+def _named(path: Path | str) -> Iterator[None]:
+    """What our dataclasses refuse, as an error that names the file."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, OverflowError) as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _parse_vision(raw: dict, path: Path | str) -> VisionConfig:
@@ -116,7 +124,7 @@ def _parse_vision(raw: dict, path: Path | str) -> VisionConfig:
     values |= {name: raw[name] for name in optional if name in raw}
     if "in_chans" in raw:  # the hub's spelling
         values.setdefault("in_channels", raw["in_chans"])
-    full = tuple(_need(raw, "fullatt_block_indexes", path))
+    full = tuple(_need(raw, "fullatt_block_indexes", path, list))
     return VisionConfig(**values, fullatt_block_indexes=full)
 
 
@@ -129,11 +137,28 @@ def _check_type(raw: dict, accepted: tuple[str, ...], what: str, path: Path | st
     return kind
 
 
-def _refuse_unsupported(text: dict, path: Path | str) -> None:
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    kinds = {rope.get("rope_type"), rope.get("type")} - {None, "default", "mrope"}
-    if kinds:
-        raise ConfigError(f"{path}: rope of type {kinds.pop()!r}; only 'default' and 'mrope'")
+def _text_part(raw: dict, path: Path | str) -> dict:
+    """The decoder's keys, which the hub's configs have at the top."""
+    return _need(raw, "text_config", path, dict) if "text_config" in raw else raw
+
+
+def _rope(text: dict, path: Path | str) -> dict:
+    for name in ("rope_parameters", "rope_scaling"):
+        if text.get(name):
+            return _need(text, name, path, dict)
+    return {}
+
+
+def _refuse_unsupported(text: dict, rope: dict, path: Path | str) -> None:
+    for kind in (rope.get("rope_type"), rope.get("type")):
+        if kind not in (None, "default", "mrope"):
+            raise ConfigError(f"{path}: rope of type {kind!r}; only 'default' and 'mrope'")
+    for part in (text, rope):
+        if part.get("partial_rotary_factor") not in (None, 1):
+            raise ConfigError(f"{path}: partial_rotary_factor; the decoder turns whole heads")
+    layers = text.get("layer_types") or []
+    if not isinstance(layers, list) or set(map(str, layers)) - {"full_attention"}:
+        raise ConfigError(f"{path}: layer_types other than full_attention; no other is built")
     if text.get("use_sliding_window"):
         raise ConfigError(f"{path}: use_sliding_window is true; the decoder attends in full")
     if text.get("attention_bias"):
@@ -142,7 +167,11 @@ def _refuse_unsupported(text: dict, path: Path | str) -> None:
         raise ConfigError(f"{path}: hidden_act {text['hidden_act']!r}; only 'silu' is built")
 
 
-def _need(raw: dict, name: str, path: Path | str):
-    if raw.get(name) is None:
+def _need(raw: dict, name: str, path: Path | str, kind: type | None = None):
+    """A value that must be there, of a type that is needed before the dataclasses check it."""
+    value = raw.get(name)
+    if value is None:
         raise ConfigError(f"{path} has no {name}")
-    return raw[name]
+    if kind is not None and type(value) is not kind:
+        raise ConfigError(f"{path}: {name} is {value!r:.60}, not {JSON_NAMES[kind]}")
+    return value

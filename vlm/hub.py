@@ -18,6 +18,7 @@ from vlm.hf_config import ConfigError
 
 Hub = Literal["huggingface", "modelscope"]
 HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w./-]*))?", re.ASCII)
+LONGEST_ID = 300
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py"]
 """No pickled weights; the code of an export tells that it is one, and with which limits."""
 LOGIN = {"huggingface": "hf auth login", "modelscope": "modelscope login"}
@@ -50,13 +51,16 @@ def resolve_model(reference: str | Path, hub: Hub = "huggingface") -> Path:
         ConfigError: there is no such directory or model, or it cannot be had now.
     """
     path, text = Path(reference), str(reference)
-    if path.is_dir():
+    if text and os.path.isdir(path):  # unlike Path's, no error where a name is too long
         return path
-    if path.exists():
+    if text and os.path.exists(path):
         raise ConfigError(f"{path} is a file; give the directory of a model, or a hub id")
-    match = HUB_ID.fullmatch(text)
+    match = HUB_ID.fullmatch(text) if len(text) <= LONGEST_ID else None
     if match is None:
-        raise ConfigError(f"{text} does not exist; give the directory of a model, or a hub id")
+        raise ConfigError(
+            f"{text[:LONGEST_ID] or 'an empty name'} does not exist; give the directory of a "
+            "model, or a hub id"
+        )
     download = _from_modelscope if hub == "modelscope" else _from_huggingface
     return download(match["id"], match["revision"])
 

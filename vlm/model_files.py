@@ -55,11 +55,13 @@ def check_settings(folder: Path, config: VLMConfig) -> None:
         if (folder / name).exists():
             content = read_json(folder / name)
             parts = (content.get(part) for part in ("image_processor", "video_processor"))
-            for settings in (content, *parts):
-                _check_settings(settings or {}, folder / name, config)
+            for settings in (content, *(part for part in parts if part is not None)):
+                _check_settings(settings, folder / name, config)
 
 
 def _check_settings(settings: dict, path: Path, config: VLMConfig) -> None:
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path}: its processors must be JSON objects, not {settings!r:.60}")
     vision = config.vision
     for key, expected in (
         ("patch_size", vision.patch_size),

@@ -10,12 +10,10 @@ A killed write leaves the old OUT, or none, beside OUT.partial. What is written 
 entries alone, so that a resumed checkpoint is byte for byte the uninterrupted one.
 """
 
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -24,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vlm.partial import PART, PLAN, check_ours, only_writer, partial_of, put_in_place, remove, sync
 from vlm.tensor_file import DTYPES, NAMES, CheckpointError, Stored, make_header, nbytes, read_into
 
 INDEX = "model.safetensors.index.json"
@@ -32,8 +31,6 @@ SHARD_BYTES = 4_000_000_000
 """Below the 5 GB from which on hubs and file systems make trouble."""
 CHUNK = 1 << 20
 """Bytes; larger ones fall out of the processor's cache between reading and writing."""
-PLAN = "plan"
-PART = ".part"
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ def write_checkpoint(
     finish: Callable[[Path], None],
     fingerprint: str | None = None,
     label: str | None = None,
-) -> None:
+) -> int:
     """Write weights and their index, let `finish` add the rest, then rename the folder whole.
 
     Args:
@@ -123,15 +120,20 @@ def write_checkpoint(
             the same fingerprint left are used again. Without one it starts from nothing.
         label: of the progress bar, which only a terminal sees; None for no bar.
 
+    Returns:
+        How many values of what was written now are not zero but became so in their dtype.
+
     Raises:
-        CheckpointError: too little space, another process writes the same checkpoint, a donor
-            file ends too early, or a value does not fit into the dtype.
+        CheckpointError: too little space, another process writes the same checkpoint, something
+            else has OUT.partial's name or OUT.old's, a donor file ends too early, or a value does
+            not fit into the dtype. The last two leave nothing, for no other run could go on.
         OSError: the folder cannot be written.
     """
     out_dir = Path(out_dir)
-    partial = out_dir.with_name(out_dir.name + ".partial")
+    partial = partial_of(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with _only_writer(out_dir):
+    with only_writer(out_dir):
+        check_ours(out_dir)
         finished = _finished(partial, shards, fingerprint)
         _check_space(out_dir, shards, finished)
         _prepare(partial, finished, fingerprint)
@@ -144,51 +146,30 @@ def write_checkpoint(
             unit_scale=True,
             disable=None if label else True,
         )
-        with bar:
-            for shard in shards:
-                if shard.file not in finished:
-                    _write_shard(partial, shard, bar.update)
+        zeroed = 0
+        try:
+            with bar:
+                for shard in shards:
+                    if shard.file not in finished:
+                        zeroed += _write_shard(partial, shard, bar.update)
+        except CheckpointError:
+            remove(partial)
+            raise
         if len(shards) > 1:
             _write_index(partial / INDEX, shards)
         finish(partial)
         for path in partial.iterdir():
-            _sync(path)
-        _sync(partial)
+            sync(path)
+        sync(partial)
         (partial / PLAN).unlink()
-        _put_in_place(partial, out_dir)
-
-
-@contextmanager
-def _only_writer(out_dir: Path) -> Iterator[None]:
-    """Hold OUT.lock, which the next process takes over from one that was killed."""
-    path = out_dir.with_name(out_dir.name + ".lock")
-    while True:
-        file = path.open("a")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise CheckpointError(
-                f"{out_dir} is being written by another process; wait for it, or choose another "
-                "name"
-            ) from None
-        except OSError:
-            pass  # a file system without locks: as good as it gets
-        # its last holder removed it between open and flock: ours would keep nobody out
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            break
-        file.close()
-    with file:
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        put_in_place(out_dir)
+    return zeroed
 
 
 def _finished(partial: Path, shards: Sequence[Shard], fingerprint: str | None) -> set[str]:
     """Files of the shards that a killed write with this fingerprint left whole."""
     plan = partial / PLAN
-    if fingerprint is None or not plan.is_file() or plan.read_text("utf-8") != fingerprint:
+    if fingerprint is None or not plan.is_file() or plan.read_bytes() != fingerprint.encode():
         return set()
     sizes = {shard.file: shard.size for shard in shards}
     return {
@@ -216,29 +197,36 @@ def _prepare(partial: Path, finished: set[str], fingerprint: str | None) -> None
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     if not finished:
         (partial / PLAN).write_text(fingerprint or "", encoding="utf-8")
-        _sync(partial / PLAN)
-        _sync(partial)
+        sync(partial / PLAN)
+        sync(partial)
 
 
-def _write_shard(folder: Path, shard: Shard, advance: Callable[[int], object]) -> None:
+def _write_shard(folder: Path, shard: Shard, advance: Callable[[int], object]) -> int:
+    """How many of its values became zero."""
+    zeroed = 0
     part = folder / (shard.file + PART)
     with part.open("wb", buffering=0) as file:
         _write(file, shard.header)
         advance(len(shard.header))
         for entry in shard.entries:
             for piece in entry.parts:
-                for data in _chunks(entry, piece):
+                for data, lost in _chunks(entry, piece):
+                    zeroed += lost
                     _write(file, data)
                     advance(len(data))
         os.fsync(file.fileno())
     os.replace(part, folder / shard.file)
-    _sync(folder)
+    sync(folder)
+    return zeroed
 
 
-def _chunks(entry: Entry, part: Stored | Tensor) -> Iterator[memoryview]:
-    """The bytes of a part of an entry, in its dtype; a chunk is valid until the next."""
+def _chunks(entry: Entry, part: Stored | Tensor) -> Iterator[tuple[memoryview, int]]:
+    """The bytes of a part of an entry, in its dtype, and how many values became zero.
+
+    A chunk is valid until the next.
+    """
     if isinstance(part, Stored) and part.dtype == entry.dtype:
-        yield from _file_chunks(part)
+        yield from ((data, 0) for data in _file_chunks(part))
         return
     dtype, count = DTYPES[entry.dtype], prod(part.shape)
     flat = part.reshape(-1) if isinstance(part, Tensor) else None
@@ -247,12 +235,16 @@ def _chunks(entry: Entry, part: Stored | Tensor) -> Iterator[memoryview]:
         stop = min(start + step, count)
         held = part.values(start, stop) if flat is None else flat[start:stop].cpu()
         values = held.to(dtype).contiguous()
-        if held.dtype != dtype and values.isinf().any() and not held.isinf().any():
-            raise CheckpointError(
-                f"{entry.name} has a value of {held.abs().max().item():.3g}, too large for "
-                f"{entry.dtype}; choose another dtype"
-            )
-        yield memoryview(values.view(torch.uint8).numpy())
+        lost = 0
+        if held.dtype != dtype:
+            overflown = held[values.isinf() & ~held.isinf()]
+            if len(overflown):
+                raise CheckpointError(
+                    f"{entry.name} has a value of {overflown.abs().max().item():.3g}, too large "
+                    f"for {entry.dtype}; choose another dtype"
+                )
+            lost = int(((values == 0) & (held != 0)).sum())
+        yield memoryview(values.view(torch.uint8).numpy()), lost
 
 
 def _file_chunks(stored: Stored) -> Iterator[memoryview]:
@@ -277,22 +269,3 @@ def _write_index(path: Path, shards: Sequence[Shard]) -> None:
     total = sum(entry.nbytes for shard in shards for entry in shard.entries)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     path.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _put_in_place(partial: Path, out_dir: Path) -> None:
-    old = out_dir.with_name(out_dir.name + ".old")
-    if out_dir.exists():
-        shutil.rmtree(old, ignore_errors=True)  # of a write killed in between
-        os.replace(out_dir, old)
-    os.replace(partial, out_dir)
-    _sync(out_dir.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """To the disk, so that a rename never outlives what it names in a power cut."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

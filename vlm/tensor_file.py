@@ -86,8 +86,8 @@ def read_header(path: Path) -> dict[str, Stored]:
     """Where the tensors of a file lie, in the header's order.
 
     Raises:
-        CheckpointError: the file is missing, shorter or longer than its header says, or has no
-            header that makes sense.
+        CheckpointError: the file is missing, shorter or longer than its header says, has no
+            header that makes sense, or a dtype that torch lacks.
     """
     try:
         size = path.stat().st_size
@@ -106,9 +106,11 @@ def read_header(path: Path) -> dict[str, Stored]:
     try:
         header = json.loads(text, object_pairs_hook=each_once)
         header.pop("__metadata__", None)
-        tensors = {name: _entry(path, 8 + length, row) for name, row in header.items()}
+        tensors = {name: _entry(path, 8 + length, name, row) for name, row in header.items()}
         end = _check_contiguous(tensors, 8 + length)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is damaged (its header makes no sense: {error!r:.150}); download it again"
         ) from None
@@ -134,11 +136,14 @@ def each_once(pairs: list[tuple[str, object]]) -> dict:
     return content
 
 
-def _entry(path: Path, data: int, row: dict) -> Stored:
+def _entry(path: Path, data: int, name: str, row: dict) -> Stored:
     begin, end = row["data_offsets"]
     shape = tuple(row["shape"])
     if row["dtype"] not in DTYPES:
-        raise ValueError(f"dtype {row['dtype']}")
+        raise CheckpointError(
+            f"{path} holds {name} as {row['dtype']}, as quantised models do; give the unquantised "
+            "one"
+        )
     if not all(type(size) is int and size >= 0 for size in (*shape, begin, end)):
         raise ValueError(f"shape {shape}, bytes {begin} to {end}")
     stored = Stored(path, data + begin, row["dtype"], shape)

@@ -3,10 +3,12 @@
 python -m vlm.graft build  --vision DIR|ID --llm DIR|ID --out DIR [--variant exact|literal] ...
 python -m vlm.graft verify --model DIR|ID --llm DIR|ID [--vision DIR|ID] ...
 
-Exit code 0: done, or proved. 1: the proof failed. 2: bad input, in one sentence.
+Exit code 0: done, or proved. 1: the proof failed. 2: bad input, in one sentence. 130: stopped by
+Ctrl-C. 141: nobody read the output to its end.
 """
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ from vlm.graft.report import print_account
 from vlm.graft.stream import build
 from vlm.hf_config import ConfigError
 from vlm.hub import add_hub_argument, resolve_model
+from vlm.partial import check_new
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 DEFAULTS = BuildOptions()
@@ -73,14 +76,14 @@ def parse_size(text: str) -> int:
     Raises:
         ConfigError: no such size.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|TB)", text.strip().upper())
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*(KB|MB|GB|TB)", text.strip().upper())
     size = int(float(found[1]) * UNITS[found[2]]) if found else 0
     if size < 1:
         raise ConfigError(f"--max_shard_size {text!r} is no size; give one such as 4GB or 500MB")
     return size
 
 
-def run_build(options: argparse.Namespace) -> None:
+def run_build(options: argparse.Namespace) -> int:
     chosen = BuildOptions(
         seed=options.seed,
         variant=options.variant,
@@ -89,18 +92,25 @@ def run_build(options: argparse.Namespace) -> None:
         dtype=options.dtype,
         max_shard_size=parse_size(options.max_shard_size),
     )
+    check_new(options.out)  # before anything is downloaded
     donors = (resolve_model(name, options.hub) for name in (options.vision, options.llm))
     print_account(build(*donors, options.out, chosen))
     print(f"wrote {options.out}")
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
-        if options.command == "build":
-            run_build(options)
-            return 0
-        return verify.run(options)
+        code = run_build(options) if options.command == "build" else verify.run(options)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("stopped; run it again, a build goes on from what it has written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # such as `| head`; nor is the flush at exit to fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

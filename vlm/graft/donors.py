@@ -3,6 +3,7 @@
 Every check raises ConfigError or CheckpointError with one sentence that says what to do.
 """
 
+import re
 from pathlib import Path
 
 from vlm.checkpoint import FLOATS, CheckpointError, TensorReader
@@ -18,6 +19,8 @@ from vlm.hf_config import (
 DENSE_SIZES = "0.6B, 1.7B, 4B, 8B, 14B, 32B"
 LAYERS = "model.language_model.layers."
 BLOCKS = "model.visual.blocks."
+EMBEDDING = "model.language_model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 WHY_NOT = {
     "qwen2_vl": "is a Qwen2-VL, whose tower has no windows and other layers; --vision takes a "
@@ -55,7 +58,7 @@ def read_donor_configs(vision_dir: Path, llm_dir: Path) -> tuple[dict, dict]:
     )
     for path, kind, (accepted, what) in zip(paths, kinds, wanted, strict=True):
         if kind not in accepted:
-            why = WHY_NOT.get(kind, f"is of model_type {kind!r}; {what}")
+            why = WHY_NOT.get(str(kind), f"is of model_type {kind!r}; {what}")
             raise ConfigError(f"{path} {why}")
     if parse_config(vision, paths[0]).text.mrope_section is None:
         raise ConfigError(f"{paths[0]} has no mrope_section; --vision takes a Qwen2.5-VL")
@@ -66,17 +69,22 @@ def read_donor_configs(vision_dir: Path, llm_dir: Path) -> tuple[dict, dict]:
 def check_donor_tensors(
     vision_raw: dict, vision: TensorReader, llm_raw: dict, llm: TensorReader
 ) -> None:
-    """Layers and dtypes of the files agree with the configs; shapes are `plan_tensors`'s.
+    """Layers, vocabulary and dtypes of the files agree with the configs; `plan_tensors` sees to
+    the other shapes.
 
     Raises:
-        CheckpointError: more or fewer layers than config.json says, or a dtype without a plain
-            floating-point value per weight.
+        CheckpointError: more or fewer layers or rows of the embedding than config.json says, or a
+            dtype without a plain floating-point value per weight.
     """
     depth = parse_config(vision_raw).vision.depth
-    layers = parse_text_config(llm_raw).num_hidden_layers
-    for reader, prefix, count in ((vision, BLOCKS, depth), (llm, LAYERS, layers)):
-        held = {int(n.split(".")[3]) for n in reader.names() if n.startswith(prefix)}
-        if held != set(range(count)):
+    text = parse_text_config(llm_raw)
+    _check_rows(llm, text.vocab_size)
+    for reader, prefix, count in (
+        (vision, BLOCKS, depth),
+        (llm, LAYERS, text.num_hidden_layers),
+    ):
+        held = {layer_of(name, prefix) for name in reader.names()} - {None}
+        if len(held) != count or max(held) != count - 1:
             raise CheckpointError(
                 f"{reader.dir}: config.json says {count} layers and the files hold "
                 f"{_spans(held)}; they are not of one model, download it again"
@@ -88,6 +96,25 @@ def check_donor_tensors(
                     f"{reader.dir} holds {name} as {dtype}, as quantised models do; give the "
                     f"unquantised one ({', '.join(FLOATS)})"
                 )
+
+
+def layer_of(name: str, prefix: str = LAYERS) -> int | None:
+    """The number of the layer that a tensor belongs to, or None."""
+    found = re.match(rf"{re.escape(prefix)}(\d{{1,6}})\.", name, re.ASCII)
+    return int(found[1]) if found else None
+
+
+def _check_rows(llm: TensorReader, vocab_size: int) -> None:
+    """A file with fewer would pass for one whose vocabulary the hybrid enlarges."""
+    names = llm.names()
+    if EMBEDDING not in names:
+        raise CheckpointError(f"{llm.dir} lacks {EMBEDDING}")
+    for name in (EMBEDDING, HEAD):
+        if name in names and llm.shape(name)[:1] != (vocab_size,):
+            raise CheckpointError(
+                f"{llm.dir}: {name} has shape {list(llm.shape(name))}, but vocab_size of "
+                f"config.json is {vocab_size}; they are not of one model, download it again"
+            )
 
 
 def _spans(numbers: set[int]) -> str:

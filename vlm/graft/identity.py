@@ -87,12 +87,14 @@ class Identities:
 def fingerprint(shards: Sequence[Shard]) -> str:
     """Of all that the bytes of these shards depend on, without reading a donor's values.
 
-    A donor's file is known by its path, size and time of change, a fresh tensor by its values.
+    A donor's file is known by its path, size, inode and times of change (of which a copier can
+    set one back, but not both), a fresh tensor by its values.
     """
     files = []
     for path in _files_read(shards):
         stat = path.stat()
-        files.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+        times = stat.st_mtime_ns, stat.st_ctime_ns
+        files.append([str(path.resolve()), stat.st_size, stat.st_ino, *times])
     headers = [[shard.file, hashlib.sha256(shard.header).hexdigest()] for shard in shards]
     origins = [
         [_origin(part) for entry in shard.entries for part in entry.parts] for shard in shards

@@ -5,22 +5,23 @@ vision and media tokens from the vision-language donor. Copying "by matching nam
 silently drops Qwen3's q_norm and k_norm; here a tensor without a stated fate is an error.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 import torch
 
 from vlm.checkpoint import CheckpointError, TensorReader
 from vlm.config import TextConfig
-from vlm.graft.donors import LAYERS
+from vlm.graft.donors import EMBEDDING, HEAD, LAYERS, layer_of
 from vlm.graft.options import BuildOptions
 from vlm.hf_config import MEDIA_TOKENS, ConfigError, parse_config, parse_text_config
 from vlm.model import VisionLanguageModel
-from vlm.tensor_file import NAMES
+from vlm.tensor_file import DTYPES, NAMES
 
 MERGER = "model.visual.merger."
-EMBEDDING = "model.language_model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 QK_NORMS = (".self_attn.q_norm.weight", ".self_attn.k_norm.weight")
 QKV_BIASES = (".self_attn.q_proj.bias", ".self_attn.k_proj.bias", ".self_attn.v_proj.bias")
 LAYER_DROPPED = "beyond the layers that --llm_layers keeps"
@@ -61,7 +62,7 @@ class Step:
 
 
 def derive_config(vision_raw: dict, llm_raw: dict, vocab_size: int, options: BuildOptions) -> dict:
-    """The hybrid's `config.json` from the donors' JSON objects.
+    """The hybrid's `config.json` from the donors' JSON objects, but for its `written_dtype`.
 
     Args:
         vocab_size: rows of the embedding: the language donor's, or more where the tokenizer
@@ -93,21 +94,22 @@ def derive_config(vision_raw: dict, llm_raw: dict, vocab_size: int, options: Bui
         },
         "tie_word_embeddings": llm.tie_word_embeddings,
     }
-    if "max_window_layers" in text:
+    if type(text.get("max_window_layers")) is int:
         text["max_window_layers"] = min(text["max_window_layers"], layers)
     if not literal:  # stock Qwen2.5-VL has biases and no key for them
         text["attention_bias"] = False
     tokens = {name: vision_raw.get(name, vision_text.get(name)) for name in MEDIA_TOKENS}
+    tower = vision_raw["vision_config"]
+    tower = {key: value for key, value in tower.items() if key not in ("dtype", "torch_dtype")}
     kind = "Qwen2_5_VL" if literal else "GraftVL"
     return {
         "architectures": [f"{kind}ForConditionalGeneration"],
         "model_type": "qwen2_5_vl" if literal else "graft_vl",
-        "dtype": options.dtype or text_raw.get("dtype") or text_raw.get("torch_dtype") or "float32",
         # written at both levels: readers differ in which one they trust
         "tie_word_embeddings": llm.tie_word_embeddings,
         **tokens,
         "text_config": text,
-        "vision_config": vision_raw["vision_config"] | {"out_hidden_size": llm.hidden_size},
+        "vision_config": tower | {"out_hidden_size": llm.hidden_size},
     }
 
 
@@ -144,6 +146,18 @@ def scale_mrope_section(section: tuple[int, ...], head_dim: int) -> list[int]:
             f"the language donor's {half} (head_dim {head_dim}) in whole numbers"
         )
     return [part * half // total for part in section]
+
+
+def written_dtype(steps: Sequence[Step]) -> str:
+    """What most parameters of the hybrid are written in, as `config.json` names it.
+
+    The donors' configs are not asked: conversion tools leave there what a model once was.
+    """
+    sizes: Counter[str] = Counter()
+    for step in steps:
+        if step.action != "dropped":
+            sizes[step.dtype] += prod(step.shape)
+    return str(DTYPES[sizes.most_common(1)[0][0]]).removeprefix("torch.")
 
 
 def plan_tensors(
@@ -228,8 +242,8 @@ def _why_dropped(
     if donor == "llm" and name == HEAD and config["tie_word_embeddings"]:
         return "the head is tied to the embedding"
     if donor == "llm" and name.startswith(LAYERS):
-        layers = config["text_config"]["num_hidden_layers"]
-        if options.llm_layers and int(name.split(".")[3]) >= layers:
+        number = layer_of(name)
+        if number is not None and number >= config["text_config"]["num_hidden_layers"]:
             return LAYER_DROPPED
         if options.variant == "literal" and name.endswith(QK_NORMS):
             return QK_NORM_DROPPED

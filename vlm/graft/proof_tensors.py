@@ -12,9 +12,7 @@ from tqdm import tqdm
 
 from vlm.checkpoint import TensorReader, check_names
 from vlm.config import TextConfig, VLMConfig
-from vlm.graft.plan import EMBEDDING, HEAD, MERGER, QKV_BIASES
-from vlm.graft.report import REPORT
-from vlm.hf_config import ConfigError, read_json
+from vlm.graft.plan import EMBEDDING, HEAD, QKV_BIASES
 from vlm.tensor_file import DTYPES
 
 BLOCK = 16 * 2**20
@@ -41,6 +39,7 @@ class DonorTensors:
 
     def __init__(self, donor: TensorReader, hybrid: TensorReader) -> None:
         self._donor, self.names, self.shape = donor, donor.names, donor.shape
+        self.dtype = donor.dtype  # its own
         held = set(hybrid.names())
         self.dtypes = {
             name: (hybrid if name in held else donor).dtype(name) for name in donor.names()
@@ -48,7 +47,7 @@ class DonorTensors:
 
     def conversions(self, names: Iterable[str]) -> dict[tuple[str, str], int]:
         """(donor's dtype, hybrid's) -> how many of these tensors are read as another dtype."""
-        pairs = [(self._donor.dtype(name), self.dtypes[name]) for name in names]
+        pairs = [(self.dtype(name), self.dtypes[name]) for name in names]
         return Counter(pair for pair in pairs if pair[0] != pair[1])
 
     def get(self, name: str) -> Tensor:
@@ -102,19 +101,6 @@ def nonzero_biases(hybrid: TensorReader) -> list[Difference]:
     return [Difference(name, how) for name in names if hybrid.get(name).any()]
 
 
-def kept_of_merger(hybrid: TensorReader) -> set[str]:
-    """The merger's tensors that the graft took from the vision donor, as its report has it."""
-    path = hybrid.dir / REPORT
-    if not path.exists():
-        return set()
-    try:
-        rows = read_json(path)["tensors"]
-        copied = {row["name"] for row in rows if row["action"] == "copied"}
-    except (KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is no report of a graft ({error!r})") from None
-    return {name for name in copied if name.startswith(MERGER)}
-
-
 def lost(ours: TextConfig, theirs: TextConfig) -> list[str]:
     """In words, what of the language donor the hybrid does without."""
     said = []
@@ -139,6 +125,29 @@ def dtype_notes(donor: DonorTensors, which: str, names: Sequence[str]) -> list[s
         f"were converted to {ours} before anything was compared"
         for (theirs, ours), count in donor.conversions(names).items()
     ]
+
+
+def rounded(donor: DonorTensors, names: Sequence[str]) -> str:
+    """The dtype that a donor's values were rounded to, empty where they are as they were."""
+    return ", ".join(sorted({ours for _, ours in donor.conversions(names)} - {"F32"}))
+
+
+def compare_dtypes(
+    pairs: Sequence[tuple[str, str]], hybrid: TensorReader, donor: DonorTensors, asked: str | None
+) -> list[Difference]:
+    """Tensors in a dtype that no build gives them: all in `--dtype`, or each as its donor has it.
+
+    Args: asked: what the report says of `--dtype`; without one, one dtype for all will do.
+    """
+    if asked is None and len({hybrid.dtype(name) for name in hybrid.names()}) == 1:
+        return []
+    found = []
+    for name, theirs in pairs:
+        held, expected = hybrid.dtype(name), asked or donor.dtype(theirs)
+        if held != expected:
+            whose = "--dtype of the build was" if asked else "the donor's is"
+            found.append(Difference(name, f"is {held}, and {whose} {expected}"))
+    return found
 
 
 def compare_tensors(
@@ -173,24 +182,24 @@ def differing_rows(
 ) -> Tensor:
     """Indices of the donor's rows (up to `stop`) whose bits the hybrid has not; (n,) int64."""
     count = donor.shape(theirs)[0] if stop is None else stop
-    step = max(1, BLOCK // _width(donor.shape(theirs)))
+    step = max(1, BLOCK // width(donor.shape(theirs)))
     differing = []
     for start in range(0, count, step):
         block = start, min(start + step, count)
         values = hybrid.rows(name, *block)
-        ours, expected = _bits(values), _bits(donor.rows(theirs, *block).to(values.dtype))
+        ours, expected = bits(values), bits(donor.rows(theirs, *block).to(values.dtype))
         if not torch.equal(ours, expected):
             differing.append((ours != expected).any(dim=1).nonzero().flatten() + start)
     return torch.cat(differing) if differing else torch.zeros(0, dtype=torch.int64)
 
 
-def _bits(rows: Tensor) -> Tensor:
+def bits(rows: Tensor) -> Tensor:
     """(n, width) integers that are equal where all bits are: nan is itself, -0 is not 0."""
     kind = {2: torch.int16, 4: torch.int32}[rows.element_size()]
     return rows.reshape(len(rows), -1).view(kind)
 
 
-def _width(shape: tuple[int, ...]) -> int:
+def width(shape: tuple[int, ...]) -> int:
     return max(1, torch.Size(shape[1:]).numel())
 
 
@@ -200,7 +209,7 @@ def _which_layer(hybrid: TensorReader, name: str, donor: DonorTensors) -> str:
     if place is None:
         return ""
     shape = donor.shape(name)
-    glance = min(shape[0], max(1, GLANCE // _width(shape)))
+    glance = min(shape[0], max(1, GLANCE // width(shape)))
     for other in donor.names():
         match = NUMBERED.fullmatch(other)
         if (

@@ -7,9 +7,8 @@ layer in float32 whatever the model's size.
 Legend: T tokens, D hidden size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,25 +19,13 @@ from vlm.batch import Batch, Segments
 from vlm.checkpoint import TensorReader
 from vlm.config import TextConfig, VLMConfig
 from vlm.graft.plan import EMBEDDING
-from vlm.graft.proof_tensors import Difference, DonorTensors, head_name
-from vlm.graft.tokenizer import load_tokenizer
-from vlm.hf_config import ConfigError
+from vlm.graft.proof_tensors import DonorTensors, head_name
 from vlm.layers import RMSNorm
 from vlm.model import packed_attention
 from vlm.rope import mrope_positions
 from vlm.text import TextDecoder
 from vlm.vision import plan_vision
 
-MAX_TOKENS = 2048
-"""Of all texts together; what the witness's attention takes grows with the square."""
-TEXTS = (
-    "The quick brown fox jumps over the lazy dog.",
-    "How many apples are left if you had 12 and gave away 5? Think step by step.",
-    "def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + fibonacci(n - 2)\n",
-    "视觉塔接到语言模型上，两者都不变。",
-    "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n",
-    "Une phrase courte.",
-)
 HEAD_ROWS = 8192
 LAYER = "model.language_model.layers.{}."
 NORM = "model.language_model.norm.weight"
@@ -78,48 +65,6 @@ class TextFigures:
     """Of the hybrid on the texts; nan where no text has two tokens."""
     donor_perplexity: float
     stages: list[Stage]
-
-
-def read_texts(path: Path) -> list[str]:
-    """One text a line; ConfigError where there is none."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    texts = [line for line in lines if line.strip()]
-    if not texts:
-        raise ConfigError(f"{path} holds no text; write one a line")
-    return texts
-
-
-def encode(
-    texts: Sequence[str], model_dir: Path, llm_dir: Path, rows: int
-) -> tuple[list[Tensor], list[Difference]]:
-    """Ids of each text by the language donor's tokenizer, and whether the hybrid's agrees.
-
-    Raises:
-        ConfigError: too many tokens, or one that the donor's embedding (of `rows`) has not.
-        CheckpointError: no tokenizer.
-    """
-    theirs, ours = load_tokenizer(llm_dir), load_tokenizer(model_dir)
-    ids = [theirs.encode(text).ids for text in texts]
-    total, last = sum(map(len, ids)), max(map(max, filter(None, ids)), default=0)
-    if not 0 < total <= MAX_TOKENS:
-        raise ConfigError(
-            f"the texts have {total} tokens and a proof takes 1 to {MAX_TOKENS}; give "
-            f"{'fewer or shorter' if total else 'other'} ones"
-        )
-    if last >= rows:
-        raise ConfigError(
-            f"{llm_dir}: tokenizer.json gives token {last}, and the embedding has {rows} rows; "
-            "they are not of one model"
-        )
-    others = sum(ours.encode(text).ids != own for text, own in zip(texts, ids, strict=True))
-    how = f"cuts {others} of {len(ids)} texts otherwise than the language donor's"
-    found = [Difference("tokenizer.json", how)] if others else []
-    return [torch.tensor(own) for own in ids if own], found
 
 
 def text_batch(texts: list[Tensor], config: VLMConfig) -> Batch:

@@ -4,15 +4,28 @@ Legend: P patches, D hidden size of the tower.
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from vlm.checkpoint import TensorReader
-from vlm.config import VisionConfig
-from vlm.graft.proof_tensors import DonorTensors
+from vlm.config import VisionConfig, VLMConfig
+from vlm.graft.plan import MERGER, scale_mrope_section
+from vlm.graft.proof_tensors import (
+    Difference,
+    DonorTensors,
+    compare_dtypes,
+    compare_settings,
+    compare_tensors,
+    dtype_notes,
+    open_checked,
+    rounded,
+)
 from vlm.graft.proof_text import Stage, Tensors, part
+from vlm.hf_config import MEDIA_TOKENS, ConfigError, read_config, read_json
+from vlm.model import VisionLanguageModel
 from vlm.rope import vision_tables
 from vlm.vision import VisionBlock, VisionTower, normalise, plan_vision
 
@@ -20,6 +33,22 @@ EMBEDDING = "model.visual.patch_embed.proj.weight"
 BLOCK = "model.visual.blocks.{}."
 SHAPES = ((1, 1, 1), (1, 5, 9), (2, 3, 4), (1, 2, 3))
 """(time, height, width) of the images in visual tokens; the third is a video of two steps."""
+TOWER_SHAPE = (
+    "depth",
+    "hidden_size",
+    "in_channels",
+    "patch_size",
+    "temporal_patch_size",
+    "spatial_merge_size",
+)
+"""Without the same shape the towers cannot run side by side."""
+TOWER_SETTINGS = (
+    "num_heads",
+    "intermediate_size",
+    "fullatt_block_indexes",
+    "window_size",
+    "tokens_per_second",
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +61,51 @@ class VisionFigures:
     witness_max_abs_delta: float
     """Against transformers' Qwen2.5-VL, as a share of its largest |feature|."""
     stages: list[Stage]
+
+
+@dataclass(frozen=True)
+class TowerProof:
+    """The vision half of a proof."""
+
+    donor: TensorReader
+    figures: VisionFigures
+    differences: list[Difference]
+    notes: list[str]
+    rounded: str
+    """The dtype to which the donor's values were rounded, or empty."""
+
+
+def verify_tower(
+    config: VLMConfig, hybrid: TensorReader, vision_dir: Path, head_dim: int, asked: str | None
+) -> TowerProof:
+    """Compare the tower with the vision donor's; what of the merger is the donor's is not here.
+
+    Args: head_dim: the language donor's; asked: as for `compare_dtypes`.
+
+    Raises:
+        ConfigError, CheckpointError: no vision donor of this hybrid.
+    """
+    raw, theirs = read_json(vision_dir / "config.json"), read_config(vision_dir)
+    for wrong in compare_settings(config.vision, theirs.vision, TOWER_SHAPE):
+        raise ConfigError(f"{vision_dir} is not the vision donor of {hybrid.dir}: {wrong.how}")
+    if theirs.text.mrope_section is None:
+        raise ConfigError(f"{vision_dir / 'config.json'} has no mrope_section; it is no Qwen2.5-VL")
+    tied = theirs.text.tie_word_embeddings
+    held = open_checked(vision_dir, VisionLanguageModel, theirs, tied)
+    donor = DonorTensors(held, hybrid)
+    differences = compare_settings(config.vision, theirs.vision, TOWER_SETTINGS)
+    differences += compare_settings(config, theirs, MEDIA_TOKENS)
+    section = tuple(scale_mrope_section(theirs.text.mrope_section, head_dim))
+    if config.text.mrope_section != section:
+        how = f"mrope_section is {config.text.mrope_section}, from the vision donor's {section}"
+        differences.append(Difference("config.json", how))
+    names = [n for n in donor.names() if n.startswith("model.visual.") and MERGER not in n]
+    pairs = [(name, name) for name in names]
+    differences += compare_tensors(pairs, hybrid, donor)
+    differences += compare_dtypes(pairs, hybrid, donor, asked)
+    figures = compare_towers(config.vision, hybrid, theirs.vision, donor, raw["vision_config"])
+    notes = dtype_notes(donor, "vision", names)
+    return TowerProof(held, figures, differences, notes, rounded(donor, names))
 
 
 def synthetic_images(config: VisionConfig) -> tuple[Tensor, list[tuple[int, int, int]]]:

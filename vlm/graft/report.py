@@ -7,6 +7,7 @@ from math import prod, sqrt
 from torch import Tensor
 
 from vlm.checkpoint import TensorReader
+from vlm.graft.donors import layer_of
 from vlm.graft.options import BuildOptions
 from vlm.graft.plan import (
     EMBEDDING,
@@ -144,7 +145,7 @@ def losses(steps: Sequence[Step]) -> list[str]:
             "brings it back. The zero biases of q, k and v change nothing; stock Qwen2.5-VL "
             "classes insist on them"
         )
-    cut = {step.name.split(".")[3] for step in dropped if step.reason == LAYER_DROPPED}
+    cut = {layer_of(step.name) for step in dropped if step.reason == LAYER_DROPPED}
     if cut:
         said.append(
             f"the last layers of the language donor, {len(cut)} of them: the final norm and the "

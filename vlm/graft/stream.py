@@ -1,6 +1,7 @@
 """The plan carried out: from the donors' files to the hybrid's, never a model in memory."""
 
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +13,12 @@ from vlm.graft.donors import check_donor_tensors, read_donor_configs
 from vlm.graft.fresh import fresh_tensors
 from vlm.graft.identity import Identities, fingerprint
 from vlm.graft.options import BuildOptions
-from vlm.graft.plan import Step, derive_config, plan_tensors
+from vlm.graft.plan import Step, derive_config, plan_tensors, written_dtype
 from vlm.graft.report import REPORT, describe
 from vlm.graft.tokenizer import choose_tokenizer, load_tokenizer, write_companions
 from vlm.hf_config import ConfigError, parse_config, parse_text_config
 from vlm.model_files import check_settings, check_tokenizer
+from vlm.partial import check_new, partial_of
 from vlm.shards import Entry, plan_shards, write_checkpoint
 
 
@@ -36,8 +38,7 @@ def build(
         ConfigError, CheckpointError: one sentence about what does not fit.
     """
     vision_dir, llm_dir, out_dir = Path(vision_dir), Path(llm_dir), Path(out_dir)
-    if out_dir.exists():
-        raise ConfigError(f"{out_dir} exists; remove it or choose another --out")
+    check_new(out_dir)
     vision_raw, llm_raw = read_donor_configs(vision_dir, llm_dir)
     readers = {"vision": TensorReader(vision_dir), "llm": TensorReader(llm_dir)}
     check_donor_tensors(vision_raw, readers["vision"], llm_raw, readers["llm"])
@@ -48,6 +49,7 @@ def build(
     check_tokenizer(choice.folder / "tokenizer.json", tokenizer, hybrid)
     check_settings(vision_dir, hybrid)
     steps = plan_tensors(config, readers["vision"], readers["llm"], options)
+    config["dtype"] = written_dtype(steps)
     fresh = fresh_tensors(steps, config, options.seed)
     shards = plan_shards(make_entries(steps, fresh, readers), options.max_shard_size)
     report: dict = {}
@@ -65,12 +67,13 @@ def build(
                     shutil.copyfile(file, folder / file.name)
                 write_json(folder / "config.json", config)
 
-            write_checkpoint(out_dir, shards, finish, fingerprint(shards), label="graft")
+            zeroed = write_checkpoint(out_dir, shards, finish, fingerprint(shards), label="graft")
     except OSError as error:
-        where = error.filename or out_dir
-        raise ConfigError(
-            f"{where}: {error.strerror}; the same command goes on from what {out_dir}.partial holds"
-        ) from None
+        partial = partial_of(out_dir)
+        again = f"; the same command goes on from what {partial} holds" if partial.is_dir() else ""
+        raise ConfigError(f"{error.filename or out_dir}: {error.strerror}{again}") from None
+    if zeroed:
+        print(f"note: {zeroed:,} values too small for {options.dtype} became 0", file=sys.stderr)
     return report
 
 

@@ -26,6 +26,8 @@ PROCESSOR_FILES = (
     "video_preprocessor_config.json",
     "processor_config.json",
 )
+IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
+"""One of these has the image processor's settings: the first from transformers 4, both later."""
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
@@ -97,7 +99,11 @@ def load_tokenizer(folder: Path | str) -> Tokenizer:
 
 
 def write_companions(out: Path, choice: TokenizerChoice, vision_dir: Path) -> None:
-    """Tokenizer, chat template, processor and generation settings into `out`."""
+    """Tokenizer, chat template, processor and generation settings into `out`.
+
+    Raises:
+        CheckpointError: a donor lacks one of them, or it cannot be read.
+    """
     for name in TOKENIZER_FILES:
         if (choice.folder / name).exists():
             copyfile(choice.folder / name, out / name)
@@ -108,13 +114,25 @@ def write_companions(out: Path, choice: TokenizerChoice, vision_dir: Path) -> No
     for name in PROCESSOR_FILES:
         if (vision_dir / name).exists():
             copyfile(vision_dir / name, out / name)
+    if not any((out / name).exists() for name in IMAGE_FILES):
+        raise CheckpointError(
+            f"{vision_dir} has neither {' nor '.join(IMAGE_FILES)}, by which images are resized; "
+            "download it whole"
+        )
     write_json(out / "generation_config.json", generation_config(choice.folder))
 
 
 def chat_template(folder: Path) -> str:
-    """The template of a model directory, wherever it is kept; CheckpointError if it has none."""
-    if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    """The template of a model directory, wherever it is kept.
+
+    Raises CheckpointError if it has none, or none that can be read.
+    """
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
     for name in ("chat_template.json", "tokenizer_config.json"):
         template = _optional_json(folder / name).get("chat_template")
         if isinstance(template, str):

@@ -1,7 +1,8 @@
 """The proof: on text alone the hybrid is the language donor, and its tower the vision donor's.
 
 Each of these a careless graft fails:
-1. every tensor taken from a donor equals the donor's, bit for bit;
+1. every tensor taken from a donor equals the donor's, bit for bit, and with both donors at hand
+   every fresh one what the report's options and seed give; none holds infinities or nan;
 2. the hybrid, through its M-RoPE, against our decoder on the donor's own files with plain
    rope, which shares no rope code with M-RoPE: the logits' difference must be exactly 0;
 3. the same against transformers' own Qwen3 on the donor's files, an independent witness: at
@@ -9,8 +10,8 @@ Each of these a careless graft fails:
 4. with `--vision`, what the merger reads: against our tower on the donor's files (0) and
    against transformers' (1e-5 of the largest feature).
 
-All of it goes layer by layer (`proof_text.py`, `proof_vision.py`): an 8B model is proved in a few
-gigabytes.
+It is for a graft as it was built; training changes it. All goes layer by layer (`proof_text.py`,
+`proof_vision.py`): an 8B model is proved in a few gigabytes.
 """
 
 import argparse
@@ -21,33 +22,28 @@ from pathlib import Path
 
 import torch
 
-from vlm.checkpoint import TensorReader, write_json
+from vlm.checkpoint import write_json
 from vlm.config import TextConfig, VLMConfig
-from vlm.graft.plan import MERGER, scale_mrope_section
+from vlm.graft.proof_fresh import asked_dtype, compare_made, not_finite, read_report
 from vlm.graft.proof_tensors import (
     Difference,
     DonorTensors,
+    compare_dtypes,
     compare_settings,
     compare_tensors,
     describe_differences,
     dtype_notes,
-    kept_of_merger,
     lost,
     nonzero_biases,
     open_checked,
+    rounded,
     text_pairs,
 )
-from vlm.graft.proof_text import (
-    MAX_TOKENS,
-    TEXTS,
-    TextFigures,
-    compare_texts,
-    encode,
-    read_texts,
-)
-from vlm.graft.proof_vision import VisionFigures, compare_towers
+from vlm.graft.proof_text import TextFigures, compare_texts
+from vlm.graft.proof_tokenizer import MAX_TOKENS, TEXTS, compare_tokenizer, encode, read_texts
+from vlm.graft.proof_vision import VisionFigures, verify_tower
+from vlm.graft.tokenizer import choose_tokenizer
 from vlm.hf_config import (
-    MEDIA_TOKENS,
     TEXT_TYPES,
     ConfigError,
     parse_text_config,
@@ -69,23 +65,12 @@ TEXT_SETTINGS = (
     "rope_theta",
     "rms_norm_eps",
 )
-TOWER_SHAPE = (
-    "depth",
-    "hidden_size",
-    "in_channels",
-    "patch_size",
-    "temporal_patch_size",
-    "spatial_merge_size",
+"""Settings that the hybrid has from its donor. Without the same width they cannot run side by
+side; a hybrid of fewer layers, or without QK-norm, can."""
+NOT_LOOKED_AT = (
+    "without --vision the tower, the merger, new rows of the embedding and the ids of media tokens "
+    "were not compared with anything; of their values only infinities and nan would be found"
 )
-TOWER_SETTINGS = (
-    "num_heads",
-    "intermediate_size",
-    "fullatt_block_indexes",
-    "window_size",
-    "tokens_per_second",
-)
-"""Settings that the hybrid has from a donor. Without the same width or shape they cannot run
-side by side; a hybrid of fewer layers, or without QK-norm, can."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +83,9 @@ class Proof:
     lost: list[str]
     """In words, what of the language donor the hybrid does without."""
     notes: list[str]
-    """What was compared, where that is not plain."""
+    """What was compared, where that is not plain, and what was not."""
+    rounded: list[str]
+    """The dtype to which the language and the vision donor's values were rounded, or empty."""
 
     @property
     def holds(self) -> bool:
@@ -166,58 +153,47 @@ def verify(
             donors of other sizes, or texts that are too long.
     """
     model_dir, llm_dir = Path(model_dir), Path(llm_dir)
-    config = read_config(model_dir)
+    config, told = read_config(model_dir), read_report(model_dir)
     hybrid = open_checked(model_dir, VisionLanguageModel, config, config.text.tie_word_embeddings)
     llm_raw, llm = read_llm(llm_dir, model_dir, config)
-    donor = DonorTensors(open_checked(llm_dir, LanguageModel, llm, llm.tie_word_embeddings), hybrid)
-    ids, differences = encode(texts, model_dir, llm_dir, llm.vocab_size)
-    differences += compare_settings(config.text, llm, TEXT_SETTINGS)
+    held = open_checked(llm_dir, LanguageModel, llm, llm.tie_word_embeddings)
+    donor, asked = DonorTensors(held, hybrid), asked_dtype(told and told.options)
+    ids = encode(texts, llm_dir, llm.vocab_size, config)
+    differences = compare_settings(config.text, llm, TEXT_SETTINGS)
     pairs = text_pairs(config.text, hybrid, llm, donor)
     differences += compare_tensors(pairs, hybrid, donor)
+    differences += compare_dtypes(pairs, hybrid, donor, asked)
     differences += nonzero_biases(hybrid)
-    notes = dtype_notes(donor, "language", [theirs for _, theirs in pairs])
-    if config.text.vocab_size > llm.vocab_size:
-        more = config.text.vocab_size - llm.vocab_size
-        notes.append(f"{more} rows of the embedding, which the donor has not, are not compared")
-    vision = None
-    if vision_dir is not None:
-        vision, found, said = verify_tower(config, hybrid, Path(vision_dir), llm.head_dim)
-        differences, notes = differences + found, notes + said
+    theirs = [name for _, name in pairs]
+    notes, roundings = dtype_notes(donor, "language", theirs), [rounded(donor, theirs)]
+    vision, tokenizer_dir, more = None, llm_dir, False
+    if vision_dir is None:
+        notes.append(NOT_LOOKED_AT)
+        more = told is not None and told.tokenizer == "vision"
+        if more:
+            notes.append(
+                "the tokenizer is the vision donor's: the language donor's part is compared"
+            )
+    else:
+        tower = verify_tower(config, hybrid, Path(vision_dir), llm.head_dim, asked)
+        vision = tower.figures
+        choice = choose_tokenizer(Path(vision_dir), llm_dir)
+        tokenizer_dir, rows = choice.folder, max(llm.vocab_size, choice.size)
+        made = compare_made(told, hybrid, tower.donor, held, rows)
+        for part in (tower, made):
+            differences, notes = differences + part.differences, notes + part.notes
+        roundings.append(tower.rounded)
+    differences += compare_tokenizer(texts, model_dir, tokenizer_dir, config, more)
+    named = {difference.name for difference in differences}
+    differences += [one for one in not_finite(hybrid) if one.name not in named]
     return Proof(
         text=compare_texts(ids, config, hybrid, llm, donor, llm_raw),
         vision=vision,
         differences=differences,
         lost=lost(config.text, llm),
         notes=notes,
+        rounded=roundings,
     )
-
-
-def verify_tower(
-    config: VLMConfig, hybrid: TensorReader, vision_dir: Path, head_dim: int
-) -> tuple[VisionFigures, list[Difference], list[str]]:
-    """The vision half: figures, differences and notes."""
-    raw, theirs = read_json(vision_dir / "config.json"), read_config(vision_dir)
-    for wrong in compare_settings(config.vision, theirs.vision, TOWER_SHAPE):
-        raise ConfigError(f"{vision_dir} is not the vision donor of {hybrid.dir}: {wrong.how}")
-    tied = theirs.text.tie_word_embeddings
-    donor = DonorTensors(open_checked(vision_dir, VisionLanguageModel, theirs, tied), hybrid)
-    differences = compare_settings(config.vision, theirs.vision, TOWER_SETTINGS)
-    differences += compare_settings(config, theirs, MEDIA_TOKENS)
-    section = tuple(scale_mrope_section(theirs.text.mrope_section, head_dim))
-    if config.text.mrope_section != section:
-        how = f"mrope_section is {config.text.mrope_section}, from the vision donor's {section}"
-        differences.append(Difference("config.json", how))
-    kept = kept_of_merger(hybrid)
-    names = [n for n in donor.names() if n.startswith("model.visual.")]
-    names = [n for n in names if n in kept or not n.startswith(MERGER)]
-    differences += compare_tensors(((name, name) for name in names), hybrid, donor)
-    notes = dtype_notes(donor, "vision", names)
-    if kept:
-        notes.append(f"{len(kept)} tensors of the merger were the vision donor's and are compared")
-    else:
-        notes.append("the merger began anew: there is nothing to compare it with")
-    figures = compare_towers(config.vision, hybrid, theirs.vision, donor, raw["vision_config"])
-    return figures, differences, notes
 
 
 def read_llm(llm_dir: Path, model_dir: Path, config: VLMConfig) -> tuple[dict, TextConfig]:
@@ -267,9 +243,10 @@ def print_proof(proof: Proof) -> None:
         print(f"DIFFERS: {line}")
     if len(lines) > LINES:
         print(f"DIFFERS: {len(lines) - LINES} more, which --json has")
-    tower = "" if vision is None else ", its tower the vision donor's"
+    to = [f" rounded to {dtype}" if dtype else "" for dtype in proof.rounded]
+    tower = "" if vision is None else f", its tower the vision donor's{to[1]}"
     if proof.holds:
-        print(f"PROVED: on text the hybrid equals the language donor{tower}")
+        print(f"PROVED: on text the hybrid equals the language donor{to[0]}{tower}")
     else:
         print("NOT PROVED: the hybrid does not equal what it was grafted from")
 
