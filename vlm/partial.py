@@ -5,7 +5,6 @@ What bears such a name and is not ours is somebody's work: it is refused, never 
 
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,23 +85,26 @@ def only_writer(out_dir: Path) -> Iterator[None]:
                 path.unlink(missing_ok=True)
 
 
-def remove(folder: Path) -> None:
-    """The weights last: killed in between, it is still known for ours."""
-    for path in sorted(folder.iterdir(), key=lambda path: path.name.endswith(WEIGHTS)):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    folder.rmdir()
+def remove(path: Path) -> None:
+    """A folder's weights go last: killed in between, it is still known for ours."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+        return
+    for held in sorted(path.iterdir(), key=lambda held: held.name.endswith(WEIGHTS)):
+        remove(held)
+    path.rmdir()
 
 
 def put_in_place(out_dir: Path) -> None:
     """OUT.partial becomes OUT; what had that name goes."""
     old = old_of(out_dir)
     if out_dir.exists():
-        if old.exists():  # of a write killed in between
+        if os.path.lexists(old):  # of a write killed in between
             remove(old)
         os.replace(out_dir, old)
     os.replace(partial_of(out_dir), out_dir)
     sync(out_dir.parent)
-    if old.exists():
+    if os.path.lexists(old):
         remove(old)
 
 

@@ -95,6 +95,13 @@ def text(name, values):
 
 
 Q_NORM = "model.layers.1.self_attn.q_norm.weight"
+EMBED = "model.embed_tokens.weight"
+
+
+def shorter(name):
+    return lambda tensors: tensors.update({name: tensors[name][:4090].clone()})
+
+
 EXTRA_LAYER = edit_tensors(
     lambda t: t.update({n.replace("layers.2.", "layers.3."): t[n].clone() for n in list(t)})
 )
@@ -106,6 +113,7 @@ CASES = [
     ("llm", edit_config(model_type="qwen2"), "Qwen2 or Qwen2.5, which has no QK-norm"),
     ("llm", edit_config(model_type="llama"), "of model_type 'llama'; --llm takes a dense Qwen3"),
     ("llm", edit_config(model_type=None), "of model_type None"),
+    ("llm", edit_config(model_type=["qwen3"]), "of model_type ['qwen3']"),
     ("vision", edit_config(model_type="qwen3_vl"), "is a Qwen3-VL"),
     ("vision", edit_config(model_type="qwen3_vl_moe"), "is a Qwen3-VL with a mixture of experts"),
     ("vision", edit_config(model_type="qwen2_vl"), "is a Qwen2-VL"),
@@ -129,6 +137,12 @@ CASES = [
     ("llm", edit_tensors(lambda t: t.pop(Q_NORM)), "lacks model.language_model.layers.1.self_attn"),
     ("llm", text("model.layers.0.mystery", torch.zeros(3)), "mystery, which has no place"),
     ("vision", text("visual.mystery", torch.zeros(3)), "mystery, which has no place"),
+    ("llm", edit_tensors(lambda t: t.pop(EMBED)), "lacks model.language_model.embed_tokens"),
+    ("llm", edit_tensors(shorter(EMBED)), "has shape [4090, 48], but vocab_size of config.json"),
+    ("llm", text("lm_head.weight", torch.ones(4090, 48)), "lm_head.weight has shape [4090, 48]"),
+    ("llm", text("model.layers.abc.x", torch.zeros(3)), "abc.x, which has no place"),
+    ("llm", text("model.layers.x", torch.zeros(3)), "layers.x, which has no place"),
+    ("vision", text("visual.blocks.abc.x", torch.zeros(3)), "abc.x, which has no place"),
     ("llm", text(Q_NORM, torch.ones(32, dtype=torch.int8)), f"{Q_NORM[13:]} as I8"),
     ("llm", text(Q_NORM, torch.ones(32).to(torch.float8_e4m3fn)), "as F8_E4M3, as quantised"),
     ("llm", text(Q_NORM, torch.ones(32, dtype=torch.float64)), "as F64"),
@@ -145,6 +159,8 @@ CASES = [
     ("llm", remove("tokenizer.json"), "tokenizer.json does not exist"),
     ("vision", remove("tokenizer.json"), "tokenizer.json does not exist"),
     ("vision", remove("chat_template.jinja"), "has no chat template"),
+    ("vision", lambda f: (f / "chat_template.jinja").write_bytes(b"\xff"), "cannot be read: 'utf"),
+    ("vision", remove("preprocessor_config.json"), "has neither preprocessor_config.json nor"),
 ]
 
 

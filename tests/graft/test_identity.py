@@ -76,3 +76,20 @@ def test_the_fingerprint_knows_files_values_and_layout(donors):
     os.utime(donors[1] / "model.safetensors", ns=(0, 1))
     seen.add(current())
     assert len(seen) == 5
+
+
+def test_the_fingerprint_knows_another_file_of_the_same_size_and_time(donors):
+    path = donors[1] / "model.safetensors"
+
+    def current():
+        reader = TensorReader(donors[1])
+        return fingerprint(plan_shards([reader.entry(name) for name in reader.names()], 10**9))
+
+    seen = {current()}
+    stat = path.stat()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    seen.add(current())
+    assert path.stat().st_mtime_ns == stat.st_mtime_ns and len(seen) == 2

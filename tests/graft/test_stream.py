@@ -2,10 +2,14 @@
 
 import json
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.tiny import write_llm_donor, write_vision_donor
 from vlm.checkpoint import CheckpointError, TensorReader, load_model
@@ -14,6 +18,8 @@ from vlm.graft.options import BuildOptions
 from vlm.graft.stream import build
 from vlm.hf_config import ConfigError
 from vlm.tensor_file import make_header
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -93,20 +99,23 @@ def no_template(donors):
 
 
 def too_large(donors):
-    """10 TB of embedding, in a file that is a hole."""
-    rows, path = 5 * 10**10, donors[1] / "model.safetensors"
+    """2 TB of embedding and MLPs, in a file that is a hole."""
+    rows, path = 10**9, donors[1] / "model.safetensors"
     reader = TensorReader(donors[1])
     tensors = []
     for name in reader.names():
-        shape = (rows, 48) if "embed_tokens" in name else reader.shape(name)
+        shape = reader.shape(name)
+        if "embed_tokens" in name or "mlp" in name:
+            shape = (48, rows) if "down_proj" in name else (rows, 48)
         tensors.append((name, "F32", shape))
     header = make_header(tensors)
     with path.open("wb") as file:
         file.write(header)
         file.truncate(len(header) + 4 * sum(torch.Size(shape).numel() for *_, shape in tensors))
     config = donors[1] / "config.json"
-    config.write_text(config.read_text().replace('"vocab_size": 4096', f'"vocab_size": {rows}'))
-    return r"hybrid takes 9600\.\d\d GB more and \d+\.\d\d GB are free on its disk"
+    sizes = {"vocab_size": rows, "intermediate_size": rows}
+    config.write_text(json.dumps(json.loads(config.read_text()) | sizes))
+    return r"hybrid takes 1920\.\d\d GB more and \d+\.\d\d GB are free on its disk"
 
 
 @pytest.mark.parametrize(
@@ -119,10 +128,112 @@ def test_bad_donors_are_one_sentence_and_nothing_is_written(donors, tmp_path, da
     assert {path.name for path in tmp_path.iterdir()} == {"vl", "llm"}
 
 
-def test_a_failure_while_writing_says_how_to_go_on(donors, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    command = ["build", "--vision", str(donors[0]), "--llm", str(donors[1])]
-    assert main([*command, "--out", str(tmp_path / "file" / "hybrid")]) == 2
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_failure_while_writing_says_how_to_go_on_where_it_can(donors, tmp_path, capsys, begun):
+    out = tmp_path / "hybrid"
+    if begun:  # a write that was killed; then its lock cannot be had
+        out.with_name("hybrid.partial").mkdir()
+    out.with_name("hybrid.lock").mkdir()
+    assert main([*command(donors), "--out", str(out)]) == 2
     error = capsys.readouterr().err
-    assert "file: File exists" in error and "the same command" in error
-    assert error.count("\n") == 1
+    assert "hybrid.lock: Is a directory" in error and error.count("\n") == 1
+    assert ("the same command goes on from" in error) is begun
+
+
+def command(donors) -> list[str]:
+    return ["build", "--vision", str(donors[0]), "--llm", str(donors[1])]
+
+
+def dangling(folder):
+    (folder / "out").symlink_to(folder / "nowhere")
+    return folder / "out"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (dangling, "out exists; remove it"),
+        (lambda folder: folder / ("n" * 300), "cannot be made (File name too long)"),
+        (lambda folder: folder / "vl" / "config.json" / "out", "cannot be made (Not a directory)"),
+    ],
+)
+def test_an_output_that_cannot_be_is_told_before_a_donor_is_looked_for(
+    donors, tmp_path, capsys, name, message
+):
+    out = name(tmp_path)
+    nobody = ["build", "--vision", "no/such/donor", "--llm", "no/such/donor"]
+    assert main([*nobody, "--out", str(out)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--seed", "9" * 23], "give a whole number from 0 to 2^63"),
+        (["--seed", "-1"], "give a whole number from 0 to 2^63"),
+        (["--llm_layers", "0"], "--llm_layers 0: give 1 or more"),
+        (["--max_shard_size", "9" * 400 + "GB"], "is no size"),
+        (["--vision", "v" * 5000], "does not exist; give the directory"),
+        (["--vision", ""], "an empty name does not exist"),
+    ],
+)
+def test_bad_options_are_one_sentence(donors, tmp_path, capsys, option, message):
+    assert main([*command(donors), "--out", str(tmp_path / "out"), *option]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_the_config_names_the_dtype_that_the_files_have(donors, tmp_path):
+    for donor in donors:  # a conversion tool that left the old one there
+        path = donor / "config.json"
+        raw = json.loads(path.read_text()) | {"torch_dtype": "bfloat16"}
+        if "vision_config" in raw:
+            raw["vision_config"] |= {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+        path.write_text(json.dumps(raw))
+    build(*donors, tmp_path / "hybrid")
+    config = json.loads((tmp_path / "hybrid" / "config.json").read_text())
+    assert config["dtype"] == "float32"
+    assert "bfloat16" not in json.dumps(config)
+
+
+def test_values_that_become_zero_are_counted(donors, tmp_path, capsys):
+    path = donors[1] / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][:3] = torch.tensor([1e-9, -1e-9, 0.0])
+    save_file(tensors, path)
+    build(*donors, tmp_path / "hybrid", BuildOptions(dtype="float16"))
+    said = capsys.readouterr().err
+    assert re.search(r"note: \d+ values too small for float16 became 0", said)
+
+
+INTERRUPTED = """
+import os, signal, sys
+from vlm.graft.__main__ import main
+sys.addaudithook(
+    lambda event, _: os.kill(os.getpid(), signal.SIGINT) if event == "os.rename" else None
+)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "said"),
+    [
+        (["-c", INTERRUPTED], 130, "stopped; run it again, a build goes on from what it has"),
+        (["-m", "vlm.graft"], 141, ""),
+    ],
+)
+def test_ctrl_c_and_a_closed_pipe_end_without_a_traceback(donors, tmp_path, program, code, said):
+    reader, writer = os.pipe()
+    os.close(reader)  # nobody reads what is printed
+    result = subprocess.run(
+        [sys.executable, *program, *command(donors), "--out", tmp_path / "out"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert result.returncode == code and said in result.stderr, result.stderr
+    assert "Traceback" not in result.stderr and "Error" not in result.stderr

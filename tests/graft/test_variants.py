@@ -143,7 +143,8 @@ def test_llm_layers_keeps_the_first_and_says_so(donor, tmp_path, variant):
 
 @pytest.mark.parametrize("layers", [0, -1, 4])
 def test_layers_that_are_not_there(donor, tmp_path, layers):
-    with pytest.raises(ConfigError, match=f"--llm_layers {layers}: the language donor has 3"):
+    message = "the language donor has 3 layers" if layers > 0 else "give 1 or more"
+    with pytest.raises(ConfigError, match=f"--llm_layers {layers}: {message}"):
         build(donor("vision"), donor("llm"), tmp_path / "out", BuildOptions(llm_layers=layers))
     assert not list(tmp_path.iterdir())
 

@@ -179,21 +179,6 @@ def test_whole_layers_swapped_are_told_in_a_line_each(grafted, capsys):
     assert "layers.2 holds the donor's layer 1: " in lines[1]
 
 
-def test_the_merger_counts_where_the_graft_kept_it(made, tmp_path, capsys):
-    def damage(t):
-        t[VISUAL + "merger.mlp.0.bias"][0] += 1.0
-
-    kept, llm, vision = made(merger_init="donor")
-    fresh, *_ = made()
-    for hybrid, code in ((kept, 1), (fresh, 0)):
-        copy = shutil.copytree(hybrid, tmp_path / hybrid.name)
-        assert command(copy, llm, vision) == 0
-        edit(copy, damage)
-        capsys.readouterr()
-        assert command(copy, llm, vision) == code
-        assert ("merger.mlp.0.bias: 1 of 256" in capsys.readouterr().out) == bool(code)
-
-
 @pytest.mark.parametrize(
     ("part", "key", "value", "line"),
     [
@@ -224,15 +209,6 @@ def test_a_changed_setting_is_named(grafted, part, key, value, line, capsys):
     assert "DIFFERS: config.json: " in printed and line in printed
 
 
-def test_another_tokenizer_is_named(grafted, capsys):
-    path = grafted[0] / "tokenizer.json"
-    content = json.loads(path.read_text())
-    content["model"]["merges"] = content["model"]["merges"][:50]
-    path.write_text(json.dumps(content))
-    assert command(*grafted) == 1
-    assert "tokenizer.json: cuts 6 of 6 texts otherwise" in capsys.readouterr().out
-
-
 def test_a_head_that_is_not_the_donors_tied_one(made, tmp_path, capsys):
     """A hybrid with a head of its own, written out: right while it is the embedding."""
     hybrid, llm, _ = made()
@@ -251,27 +227,9 @@ def test_a_head_that_is_not_the_donors_tied_one(made, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("tie", [True, False])
-def test_rows_for_new_tokens_do_not_count(made, tmp_path, tie):
-    hybrid, llm, vision = made(tie=tie, vocab_size=4010)
-    proof = verify(hybrid, llm, vision)
+def test_a_grown_vocabulary_is_proved(made, tie):
+    proof = verify(*made(tie=tie, vocab_size=4010))
     assert proof.holds and proof.text.perplexity == proof.text.donor_perplexity
-    assert "16 rows of the embedding" in proof.notes[0]
-    copy = shutil.copytree(hybrid, tmp_path / "hybrid")
-    edit(copy, lambda t: t[TEXT + "embed_tokens.weight"][4009].zero_())
-    assert not verify(copy, llm).holds
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_converted_tensors_are_compared_with_the_donors_converted(made, tmp_path, dtype):
-    hybrid, llm, vision = made(dtype=dtype)
-    proof = verify(hybrid, llm, vision)
-    assert proof.holds
-    short = {"bfloat16": "BF16", "float16": "F16"}[dtype]
-    assert f"35 tensors are {short} in the hybrid and F32 in the language donor" in proof.notes[0]
-    copy = shutil.copytree(hybrid, tmp_path / "hybrid")
-    edit(copy, lambda t: t[UP.format(1)][0].mul_(1.01))
-    (found,) = verify(copy, llm, vision).differences
-    assert found.name == UP.format(1) and found.how.startswith("1 of 96 rows")
 
 
 def test_a_graft_of_fewer_layers_is_not_the_donor(made, capsys):

@@ -86,7 +86,7 @@ def test_a_vision_donor_of_another_shape(made, tmp_path, capsys):
     hybrid, llm, _ = made
     other = shutil.copytree(hybrid, tmp_path / "other")
     raw = json.loads((other / "config.json").read_text())
-    raw["vision_config"]["depth"] = 3
+    raw["vision_config"] |= {"depth": 3, "fullatt_block_indexes": [1]}
     (other / "config.json").write_text(json.dumps(raw))
     said = refused(capsys, hybrid, llm, "--vision", other)
     assert "is not the vision donor of" in said and "depth is 4, the donor's is 3" in said
@@ -97,6 +97,7 @@ def test_files_that_lack_a_tensor_or_a_report_that_is_none(made, tmp_path, capsy
     copy = shutil.copytree(hybrid, tmp_path / "copy")
     (copy / "graft_report.json").write_text('{"tensors": [{"action": "copied"}]}')
     assert "is no report of a graft" in refused(capsys, copy, llm, "--vision", vision)
+    (copy / "graft_report.json").unlink()
     raw = json.loads((copy / "config.json").read_text())
     raw["text_config"]["num_hidden_layers"] = 4
     (copy / "config.json").write_text(json.dumps(raw))

@@ -104,6 +104,54 @@ def test_tied_head_that_was_written_out_is_accepted(tmp_path):
         ({"text_config": {"hidden_act": "gelu"}}, "gelu"),
         ({"vision_config": {"out_hidden_size": 64}}, "width 64.*width 48"),
         ({"vision_config": {"depth": None}}, "no depth"),
+        # of another type
+        ({"model_type": ["graft_vl"]}, "of model_type"),
+        ({"text_config": "x"}, "text_config is 'x', not a JSON object"),
+        ({"vision_config": None}, "no vision_config"),
+        ({"vision_config": [1]}, r"vision_config is \[1\], not a JSON object"),
+        ({"image_token_id": "4012"}, "image_token_id is '4012', not a whole number"),
+        *(
+            ({"text_config": {name: value}}, f"{name} is {value!r}, not ")
+            for name, value in (
+                ("num_attention_heads", 0),
+                ("num_attention_heads", "4"),
+                ("num_hidden_layers", "3"),
+                ("num_hidden_layers", 3.0),
+                ("num_hidden_layers", True),
+                ("hidden_size", "48"),
+                ("vocab_size", 4096.5),
+                ("vocab_size", 10**20),
+                ("head_dim", "x"),
+                ("rms_norm_eps", None),
+                ("rms_norm_eps", "1e-6"),
+                ("rms_norm_eps", float("nan")),
+                ("rope_parameters", "yarn"),
+            )
+        ),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', not true or false"),
+        # out of range, or not built
+        ({"text_config": {"rope_parameters": {"rope_theta": -1}}}, "rope_theta is -1"),
+        ({"text_config": {"rope_parameters": {"rope_theta": 10**400}}}, "too large"),
+        ({"text_config": {"rope_parameters": {"rope_type": ["yarn"]}}}, "rope of type"),
+        (
+            {"text_config": {"rope_parameters": {"rope_theta": 1e6, "mrope_section": "abc"}}},
+            "mrope_section is 'abc', not a list",
+        ),
+        (
+            {"text_config": {"rope_parameters": {"rope_theta": 1e6, "mrope_section": [8, 8]}}},
+            r"mrope_section is \[8, 8\], not three",
+        ),
+        ({"text_config": {"layer_types": ["sliding_attention"] * 3}}, "layer_types"),
+        ({"text_config": {"layer_types": 3}}, "layer_types"),
+        ({"text_config": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"text_config": {"head_dim": 31}}, "head_dim 31 is odd"),
+        ({"vision_config": {"num_heads": 5}}, "num_heads 5 does not divide"),
+        ({"vision_config": {"num_heads": 0}}, "num_heads is 0, not"),
+        ({"vision_config": {"window_size": 0}}, "window_size is 0, not"),
+        ({"vision_config": {"window_size": 13}}, "window_size 13 holds no visual token"),
+        ({"vision_config": {"fullatt_block_indexes": 3}}, "fullatt_block_indexes is 3, not a"),
+        ({"vision_config": {"fullatt_block_indexes": [99]}}, "fullatt_block_indexes holds 99"),
+        ({"vision_config": {"fullatt_block_indexes": ["1"]}}, "fullatt_block_indexes holds '1'"),
     ],
 )
 def test_configs_that_cannot_be_built_are_refused_by_name(change, message):
@@ -116,6 +164,9 @@ def test_configs_that_cannot_be_built_are_refused_by_name(change, message):
 
 def test_unreadable_json_names_the_file(tmp_path):
     (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config.json cannot be read as JSON"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(ConfigError, match=r"config.json cannot be read as JSON"):
         read_config(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps([1]))
@@ -157,7 +208,6 @@ TWICE = '{"a": %s, "a": %s}' % ((json.dumps(row("F32", [1], 0, 4)),) * 2)
         ),
         (header(a=row("F32", [3], 0, 8)) + bytes(8), r"F32 \[3\] in 8 bytes"),
         (header(a=row("F32", [-2], 0, 8)) + bytes(8), "shape"),
-        (header(a=row("Q4", [2], 0, 8)) + bytes(8), "dtype Q4"),
         (header(a=row("F32", [1], 0, 4), b=row("F32", [1], 2, 6)) + bytes(8), "two tensors or to"),
         (header(a=row("F32", [1], 4, 8)) + bytes(8), "two tensors or to none"),
         (header(a={"dtype": "F32"}) + bytes(8), "makes no sense"),
@@ -165,6 +215,7 @@ TWICE = '{"a": %s, "a": %s}' % ((json.dumps(row("F32", [1], 0, 4)),) * 2)
         (len(TWICE).to_bytes(8, "little") + TWICE.encode() + bytes(4), "a is there twice"),
         ((5).to_bytes(8, "little") + b"{nope", "makes no sense"),
         ((2).to_bytes(8, "little") + b"[]", "makes no sense"),
+        ((100_000).to_bytes(8, "little") + b"[" * 100_000, "makes no sense"),
     ],
 )
 def test_damaged_weights_are_named_before_any_is_read(tmp_path, content, message):
@@ -173,9 +224,16 @@ def test_damaged_weights_are_named_before_any_is_read(tmp_path, content, message
         TensorReader(tmp_path)
 
 
+def test_a_dtype_that_torch_lacks_is_a_quantised_models(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(header(a=row("F4", [16], 0, 8)) + bytes(8))
+    with pytest.raises(CheckpointError, match=r"model.safetensors holds a as F4, as quantised"):
+        TensorReader(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("index", "message"),
     [
+        ("[" * 100_000, "no sensible weight_map"),
         ("{", "no sensible weight_map"),
         ("[]", "no sensible weight_map"),
         ("{}", "no sensible weight_map"),

@@ -33,6 +33,7 @@ def test_a_model_of_one_piece_is_used(model):
         ("video_preprocessor_config.json", ["patch_size"], 16, "patch_size is 16, .* is 14"),
         ("processor_config.json", ["image_processor", "merge_size"], 4, "merge_size is 4, .* is 2"),
         ("processor_config.json", ["video_processor", "patch_size"], 8, "patch_size is 8, .* 14"),
+        ("preprocessor_config.json", ["image_processor"], [1], r"must be JSON objects, not \[1\]"),
     ],
 )
 def test_a_file_of_another_model_is_named_with_both_values(model, file, path, value, message):

@@ -76,6 +76,10 @@ def test_a_value_that_the_dtype_cannot_hold_is_refused(tmp_path):
     tensor = torch.tensor([1.0, 70000.0])
     with pytest.raises(CheckpointError, match=r"w has a value of 7e\+04, too large for F16"):
         write(tmp_path / "out", [Entry("w", "F16", (2,), (tensor,))])
+    assert not (tmp_path / "out.partial").exists()  # the same command could never finish it
+    beside = torch.tensor([float("inf"), 70000.0])
+    with pytest.raises(CheckpointError, match=r"7e\+04, too large"):
+        write(tmp_path / "out", [Entry("w", "F16", (2,), (beside,))])
     infinite = torch.tensor([1.0, float("inf")])  # the donor's own: kept
     held = load_file(
         write(tmp_path / "out", [Entry("w", "F16", (2,), (infinite,))]) / "model.safetensors"
@@ -132,6 +136,46 @@ def test_one_writer_at_a_time(tmp_path):
             write(out, [Entry.of("t", torch.zeros(2))])
     write(out, [Entry.of("t", torch.zeros(2))])  # a lock that nobody holds keeps nobody out
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def a_folder(path):
+    path.mkdir()
+    (path / "thesis.txt").write_text("mine")
+
+
+def a_file(path):
+    path.write_text("mine")
+
+
+@pytest.mark.parametrize("suffix", ["partial", "old"])
+@pytest.mark.parametrize("make", [a_folder, a_file])
+def test_what_is_not_ours_is_never_removed(tmp_path, suffix, make):
+    mine = tmp_path / f"out.{suffix}"
+    make(mine)
+    with pytest.raises(CheckpointError, match=f"out.{suffix} is in the way"):
+        write(tmp_path / "out", [Entry.of("t", torch.zeros(2))])
+    assert (mine / "thesis.txt" if mine.is_dir() else mine).read_text() == "mine"
+
+
+def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path):
+    target = write(tmp_path / "target", [Entry.of("t", torch.zeros(2))])
+    (tmp_path / "out").symlink_to(target)
+    write(tmp_path / "out", [Entry.of("t", torch.ones(2))])
+    assert torch.equal(TensorReader(target).get("t"), torch.zeros(2))
+    assert torch.equal(TensorReader(tmp_path / "out").get("t"), torch.ones(2))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "target"]
+
+
+def test_a_file_that_bears_the_locks_name_stays(tmp_path):
+    (tmp_path / "out.lock").write_text("mine")
+    write(tmp_path / "out", [Entry.of("t", torch.zeros(2))])
+    assert (tmp_path / "out.lock").read_text() == "mine"
+
+
+def test_values_that_become_zero_are_counted(tmp_path):
+    tensor = torch.tensor([1.0, 1e-9, 0.0, -1e-9])
+    shards = plan_shards([Entry("w", "F16", (4,), (tensor,))], 10**9)
+    assert write_checkpoint(tmp_path / "out", shards, nothing) == 2
 
 
 class Stop(Exception):

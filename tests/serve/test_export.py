@@ -92,6 +92,23 @@ def test_the_tensors_are_the_checkpoints_own(source, exported):
     assert "lm_head.weight" not in theirs.names()  # tied
 
 
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf", "1e300"])
+def test_a_shard_size_that_is_none(source, tmp_path, capsys, size):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(source), "--out", str(tmp_path / "out"), "--max_shard_gb", size])
+    assert stopped.value.code == 2
+    assert "--max_shard_gb must be above 0 and up to" in capsys.readouterr().err
+
+
+def test_the_report_of_the_graft_travels_along(source, tmp_path):
+    grafted = tmp_path / "grafted"
+    shutil.copytree(source, grafted)
+    report = json.dumps({"donors": {"vision": {"path": "a/vl"}, "llm": {"path": "a/qwen3"}}})
+    (grafted / "graft_report.json").write_text(report)
+    assert main([str(grafted), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "graft_report.json").read_text() == report
+
+
 def test_shards_and_dtype(source, tmp_path):
     out = tmp_path / "small"
     flags = ["--max_shard_gb", "0.0005", "--dtype", "bfloat16"]

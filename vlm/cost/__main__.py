@@ -14,7 +14,7 @@ from typing import NoReturn, get_args
 
 from vlm.checkpoint import write_json
 from vlm.cost.report import PEAKS, SIZES, STAGES, Setup, make_report, print_report
-from vlm.cost.samples import CostError, Samples, one_sample, read_samples
+from vlm.cost.samples import LARGEST, CostError, Samples, one_sample, read_samples
 from vlm.data.limits import Limits, environment_limits
 from vlm.hf_config import ConfigError, read_config
 from vlm.hub import add_hub_argument, resolve_model
@@ -46,7 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("samples: a file of their sizes, or one sample").add_argument
     add("--lengths", type=Path, metavar="FILE", help="JSONL; docs/cost.md has its form")
     add("--tokens", type=_count, metavar="N", help="in all, visual ones included")
-    add("--targets", type=int, metavar="N", help="tokens that are learnt")
+    add("--targets", type=_targets, metavar="N", help="tokens that are learnt")
     add("--images", metavar="HxW,...", help="pixels; resized as in training")
     options = parser.parse_args(arguments)
     _check(options)
@@ -72,9 +72,16 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer above 0")
-    return int(text)
+    digits = text.lstrip("0")
+    if not digits.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not an integer above 0")
+    if len(digits) > len(str(LARGEST)) or int(digits) > LARGEST:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is more than {LARGEST:,}")
+    return int(digits)
+
+
+def _targets(text: str) -> int:
+    return 0 if text and not text.strip("0") else _count(text)
 
 
 def _above_zero(text: str) -> float:
@@ -82,8 +89,10 @@ def _above_zero(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < float("inf"):
+    if not value > 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    if not 1 / LARGEST <= value <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is not from {1 / LARGEST:g} to {LARGEST:,}")
     return value
 
 
@@ -95,6 +104,10 @@ def _samples(options: argparse.Namespace, vision) -> Samples:
         found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip())
         if not found:
             raise CostError(f"--images: {text!r} is not HEIGHTxWIDTH in pixels, such as 896x1120")
+        if max(map(len, found.groups())) > len(str(LARGEST)):
+            raise CostError(
+                f"--images: {text.strip()!r:.40} is more than {LARGEST:,} pixels a side"
+            )
         sizes.append((int(found[1]), int(found[2])))
     try:
         limits = Limits(**environment_limits())

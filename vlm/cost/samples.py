@@ -17,6 +17,11 @@ from vlm.config import VisionConfig
 from vlm.data.image import BadImage, smart_resize
 from vlm.data.limits import Limits
 
+FORM = '{"length": 700, "targets": 80, "grids": [[1, 36, 52]]}'
+LARGEST = 10**6
+"""Of tokens in a sample and of whatever else is counted: far beyond any training, and with it no
+figure leaves int64."""
+
 
 class CostError(ValueError):
     """What was asked for cannot be counted; the message says why."""
@@ -99,9 +104,10 @@ def _parse(line: str, place: str, vision: VisionConfig) -> tuple[int, int, list[
             raise ValueError("grids must hold [time, height, width] of integers")
     except KeyError as error:
         raise CostError(f"{place} has no {error}") from None
+    except RecursionError:
+        raise CostError(f"{place} is not of the form {FORM}: it is nested too deeply") from None
     except (ValueError, TypeError, AttributeError) as error:
-        form = '{"length": 700, "targets": 80, "grids": [[1, 36, 52]]}'
-        raise CostError(f"{place} is not of the form {form}: {error}") from None
+        raise CostError(f"{place} is not of the form {FORM}: {error}") from None
     return _check(length, targets, grids, place, vision)
 
 
@@ -116,6 +122,8 @@ def _check(
                 f"{place}: grid {[t, h, w]} is no (time, height, width) in patches above 0, "
                 f"height and width multiples of {merge}"
             )
+    if length > LARGEST:
+        raise CostError(f"{place} has more than {LARGEST:,} tokens, the most that is counted")
     visual = sum(t * h * w for t, h, w in grids) // vision.merge_unit
     if targets < 0 or length < max(1, visual + targets):
         raise CostError(

@@ -60,17 +60,17 @@ def encode(texts: Sequence[str], llm_dir: Path, rows: int, config: VLMConfig) ->
             f"the texts have {total} tokens and a proof takes 1 to {MAX_TOKENS}; give "
             f"{'fewer or shorter' if total else 'other'} ones"
         )
-    if last >= rows:
-        raise ConfigError(
-            f"{llm_dir}: tokenizer.json gives token {last}, and the embedding has {rows} rows; "
-            "they are not of one model"
-        )
     pixels = {config.image_token_id, config.video_token_id} & set().union(*ids)
     if pixels:
         token = tokenizer.id_to_token(min(pixels))
         raise ConfigError(
             f"the texts hold {token}, which stands for the pixels of an image or a video; give "
             "texts without it"
+        )
+    if last >= rows:
+        raise ConfigError(
+            f"{llm_dir}: tokenizer.json gives token {last}, and the embedding has {rows} rows; "
+            "they are not of one model"
         )
     return [torch.tensor(own) for own in ids if own]
 

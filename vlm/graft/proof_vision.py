@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from vlm.checkpoint import TensorReader
@@ -165,7 +165,8 @@ class TowerStream:
         self.config, self.tensors, self.plan = config, tensors, plan_vision(grids, config)
         self.tables = vision_tables(self.plan.positions, config.head_dim)
         with torch.device("meta"):
-            tower = VisionTower(replace(config, depth=0))
+            tower = VisionTower(replace(config, depth=1, fullatt_block_indexes=()))
+        tower.blocks = nn.ModuleList()
         weight = tensors.get(EMBEDDING).float()
         tower.patch_embed.load_state_dict({"proj.weight": weight}, assign=True)
         self.x = tower.trunk(patches, self.plan)  # (P, D) in window order, through no block
