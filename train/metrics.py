@@ -49,7 +49,7 @@ class Log:
         if not self.enabled:
             return
         line = {"event": event, "step": step, **values}
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
     def show(self, step: int, text: str) -> None:

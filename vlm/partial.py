@@ -36,7 +36,7 @@ def check_new(out_dir: Path) -> None:
         pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", error)
-        raise ConfigError(f"{out_dir} cannot be made ({reason}); choose another --out") from None
+        raise ConfigError(f"{out_dir} cannot be written ({reason}); choose another --out") from None
 
 
 def check_ours(out_dir: Path) -> None:

@@ -70,7 +70,7 @@ def walk(source):
     found = []
     for chunk in source.chunks():
         chunk = pickle.loads(pickle.dumps(chunk))
-        assert len(chunk.places) == len(chunk.rows) <= 256
+        assert len(chunk.places) == len(chunk.rows) <= 512
         for place, raw in zip(chunk.places, chunk.rows, strict=True):
             assert place.file == chunk.file == 0
             outcomes = []

@@ -261,7 +261,9 @@ def test_files_that_are_no_data_are_refused(tmp_path):
             index_of([path], processor())
 
 
-@pytest.mark.parametrize("options", [{"truncation": "delte"}, {"min_pixels": 2_000_000}])
+@pytest.mark.parametrize(
+    "options", [{"truncation": "delte"}, {"min_pixels": 2_000_000}, {"min_pixels": 0}]
+)
 def test_options_that_make_no_sense_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         processor(**options)

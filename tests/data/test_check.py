@@ -77,6 +77,7 @@ def test_too_many_bad_samples_are_exit_code_1(folder, capsys):
     [
         (["absent.jsonl"], "does not exist"),
         (["empty.jsonl"], "there is no sample in it"),
+        (["clean.jsonl", "--json", "nodir/x"], "there is no directory nodir"),
         (["clean.jsonl", "--model", "/absent/model"], "/absent/model"),
         (["mixed.jsonl#2", "--prove_packing", "2", "--max_pixels", "1"], "max_pixels"),
     ],
@@ -134,3 +135,12 @@ def test_the_proof_of_packing_by_command(folder, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "packing 3 samples" in out and "5 bad samples left out" in out
     assert json.loads(found.read_text())["packing"]["holds"]
+
+
+def test_ctrl_c_is_one_line(folder, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checking, "check_chunk", interrupted)
+    assert run(folder, "clean.jsonl", "--workers", 1) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"

@@ -101,3 +101,8 @@ def test_the_commands_run(folder):
         )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     assert (folder / "page.html").exists() and (folder / "encoded.jsonl").exists()
+
+
+def test_no_base64_stands_in_the_text():
+    text = re.sub(r"^```.*?^```$", "", TEXT, flags=re.MULTILINE | re.DOTALL)
+    assert not re.search(r"[\w+/]{60,}", text)

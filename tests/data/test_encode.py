@@ -1,6 +1,7 @@
 """`python -m vlm.data.encode`: its lines equal the peer's golden cases, field by field."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from tests.data.samples import GOLDEN, row, write_jsonl
 from tests.data.videos import write_video
 from vlm.data.encode import main
+from vlm.data.processor import Processor
 
 CASES = json.loads((GOLDEN / "cases.json").read_text())["cases"]
 OWN_PIXELS = ("mode_exif6_jpg", "mode_rgba_png")
@@ -85,7 +87,12 @@ def test_bad_samples_and_truncation(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
-    [(["--max_length", "0"], "must be above 0"), (["--max_pixels", "10"], "below min_pixels")],
+    [
+        (["--max_length", "0"], "must be above 0"),
+        (["--max_pixels", "10"], "below min_pixels"),
+        (["--out", "."], "--out . is a directory; name a file"),
+        (["--out", "none/x"], "there is no directory none; make it first"),
+    ],
 )
 def test_bad_arguments_are_one_sentence(arguments, reason, tmp_path, capsys):
     data = write_jsonl(tmp_path / "data.jsonl", [row()])
@@ -93,3 +100,40 @@ def test_bad_arguments_are_one_sentence(arguments, reason, tmp_path, capsys):
     assert main([str(data), *fixed, *arguments]) == 2
     assert reason in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_the_answer_of_a_training_row_is_no_part_of_its_prompt(tmp_path):
+    asked, trained = {"messages": [{"role": "user", "content": "hi"}]}, row("hi", "ok")
+    alone = {"messages": [{"role": "assistant", "content": "hi"}]}
+    first, second, third = encode(tmp_path, [asked, trained, alone], "--prompt")
+    assert first["input_ids"] == second["input_ids"]
+    assert third["error"] == "has an answer and nothing before it"
+
+
+def test_names_that_are_no_text_are_escaped(tmp_path):
+    data = tmp_path / os.fsdecode(b"\xff.jsonl")
+    write_jsonl(data, [row(), row("<image>", images=["\udcfe.png"])])
+    out = tmp_path / "out.jsonl"
+    assert main([str(data), "--model", str(GOLDEN / "model"), "--out", str(out)]) == 0
+    good, bad = map(json.loads, out.read_text(encoding="utf-8").splitlines())
+    assert good["id"].endswith(".jsonl:1") and "udcfe.png does not exist" in bad["error"]
+
+
+def test_a_video_that_holds_less_than_it_tells_is_bad(tmp_path):
+    path = tmp_path / write_video(tmp_path / "holed.avi", 40, 240, 320, 3.7, "MJPG")
+    content, third = path.read_bytes(), path.stat().st_size // 3
+    path.write_bytes(content[:third] + bytes(third) + content[2 * third :])
+    (line,) = encode(tmp_path, [row("<video>?", videos=[str(path)])], "--media_root", str(tmp_path))
+    assert "fewer frames can be decoded" in line["error"]
+
+
+def test_ctrl_c_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Processor, "encode", interrupted)
+    data = write_jsonl(tmp_path / "data.jsonl", [row()])
+    fixed = ["--model", str(GOLDEN / "model"), "--out", str(tmp_path / "out.jsonl")]
+    assert main([str(data), *fixed]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted; nothing was written"
+    assert os.listdir(tmp_path) == ["data.jsonl"]

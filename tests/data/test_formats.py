@@ -227,3 +227,32 @@ def test_damaged_bytes_never_do_more_than_spoil_the_line(name):
             parse_line(bytes(line), "data.jsonl:1", HERE)
         except BadSample as error:
             assert "\n" not in str(error)
+
+
+def test_a_system_prompt_beside_the_messages_is_taken_unless_they_have_one():
+    talk = [user("a"), assistant("b")]
+    (first, *_) = parse_row({"messages": talk, "system": "Be brief."}, "x", HERE).messages
+    assert (first.role, first.content) == ("system", "Be brief.")
+    own = [{"role": "system", "content": "own"}, *talk]
+    sample = parse_row({"messages": own, "system": "Be brief."}, "x", HERE)
+    assert [message.content for message in sample.messages] == ["own", "a", "b"]
+
+
+def test_a_rejected_response_is_refused_by_name():
+    with pytest.raises(BadSample, match="x: has a rejected_response"):
+        parse_row({"messages": [user("a"), assistant("b")], "rejected_response": "c"}, "x", HERE)
+
+
+def test_one_path_is_a_list_of_one_and_base64_may_have_lines():
+    talk = [user("<image>a"), assistant("b")]
+    assert parse_row({"messages": talk, "images": "a.png"}, "x", HERE).images == (
+        Path("/data/a.png"),
+    )
+    uri = "data:image/png;base64,YW\r\nJj\n"
+    assert parse_row({"messages": talk, "images": [uri]}, "x", HERE).images == (b"abc",)
+
+
+def test_a_bad_samples_name_and_reason_can_be_printed():
+    error = BadSample("\udcff.jsonl:1", "\ud800 does\nnot exist")
+    assert str(error) == r"\udcff.jsonl:1: \ud800 does\nnot exist"
+    assert error.sample_id.encode() and error.reason.encode()

@@ -179,3 +179,21 @@ def test_what_cannot_be_placed_is_refused(answer, objects, reason):
 def test_a_box_without_an_image_is_refused():
     with pytest.raises(BadSample, match="in image 0, but 0 images"):
         parsed("a", "<bbox>", {"bbox": [[1, 2]]}, ())
+
+
+@pytest.mark.parametrize("box", [[0, 0, 2000, 90], [-20, 0, 5, 5], [800, 1300]])
+def test_a_box_outside_its_image_is_refused(box):
+    ours = parsed("<image>", "<bbox>", {"bbox": [box]})
+    for work in (processor().measure, processor().encode):
+        with pytest.raises(BadSample, match="not in its image of 1600 x 1200 pixels"):
+            work(ours)
+
+
+def test_a_box_may_reach_a_little_over_its_image():
+    ours = parsed("<image>", "<bbox>", {"bbox": [[-1, -1, 113, 113]]}, (SMALL,))
+    assert "(-1,-1),(113,113)" in text_of(ours)
+
+
+def test_shares_above_one_are_refused():
+    with pytest.raises(BadSample, match=r"norm1 box \[0.1, 5\], not in 0..1"):
+        parsed("<image>", "<bbox>", {"bbox": [[0.1, 5]], "bbox_type": "norm1"})

@@ -1,6 +1,7 @@
 """One definition of a pixel: upright, on white, resized in uint8, cut in the donors' order."""
 
 import io
+import os
 import struct
 import zlib
 
@@ -21,6 +22,7 @@ from vlm.data.image import (
     resize,
     smart_resize,
 )
+from vlm.data.video import BadVideo, video_info
 
 IMAGES = GOLDEN / "images"
 UPRIGHT = {
@@ -190,3 +192,38 @@ def test_a_png_is_measured_without_decoding_it(monkeypatch):
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda s: decoded.append(s) or load(s))
     assert header_size(IMAGES / "sq112.png") == (112, 112)
     assert not decoded
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    checksum = zlib.crc32(kind + content).to_bytes(4, "big")
+    return len(content).to_bytes(4, "big") + kind + content + checksum
+
+
+EXIF = b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
+RAW = b"Raw profile type exif\0\0" + zlib.compress(
+    b"\nexif\n%8d\n%s\n" % (len(EXIF) + 6, (b"Exif\0\0" + EXIF).hex().encode())
+)
+XMP = b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+@pytest.mark.parametrize(
+    "told",
+    [(b"eXIf", EXIF), (b"zTXt", RAW), (b"iTXt", XMP), (b"tEXt", b"date:create\0" + b"1" * 40)],
+)
+def test_a_png_is_measured_as_it_is_decoded_wherever_its_orientation_stands(told, is_late):
+    file = io.BytesIO()
+    Image.new("RGB", (30, 20)).save(file, "PNG")
+    content = file.getvalue()
+    place = len(content) - 12 if is_late else 33  # before IEND, or behind IHDR
+    content = content[:place] + chunk(*told) + content[place:]
+    size = (20, 30) if told[0] == b"tEXt" else (30, 20)
+    assert header_size(content) == tuple(load_image(content).shape[:2]) == size
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(BadImage, match="pipe is not an image that can be read .a pipe, a socket"):
+        open_image(tmp_path / "pipe")
+    with pytest.raises(BadVideo, match="pipe cannot be opened .a pipe, a socket"):
+        video_info(tmp_path / "pipe", 2.0)

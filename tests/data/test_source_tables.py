@@ -68,6 +68,13 @@ def test_rows_of_tables_are_bad_one_by_one(tmp_path):
     assert "message 1 has no role" in found[3]
 
 
+def test_a_table_here_calls_its_samples_as_the_index_does(tmp_path, monkeypatch):
+    write_kind(tmp_path, "parquet", ROWS[:2])
+    monkeypatch.chdir(tmp_path)
+    (source,) = open_sources(["./data.parquet"])
+    assert walk(source)[1][1].id == "data.parquet:1" == f"{source.files[0]}:1"
+
+
 def test_splits_are_chosen_by_name(tmp_path):
     path = str(write_kind(tmp_path, "splits"))
     (source,) = open_sources([{"path": path, "split": "test"}])

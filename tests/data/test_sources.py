@@ -53,9 +53,9 @@ def test_a_chunks_digest_is_that_of_its_content_and_of_where_paths_lead(tmp_path
 
     changed = [*ROWS[:300], row("other", "answer"), *ROWS[301:]]
     before, after = digests(ROWS), digests(changed, "a" if kind != "folder" else "b")
-    assert len(before) == len(after) == 3
+    assert len(before) == len(after) >= 2
     if kind != "folder":  # which lies elsewhere, so that all differ
-        assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
+        assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
         assert set(digests(ROWS, "b")).isdisjoint(before)
         assert set(digests(ROWS, media_root=tmp_path)).isdisjoint(before)
     assert set(before).isdisjoint(set(after)) == (kind == "folder")
@@ -101,6 +101,8 @@ def test_specs_say_the_same_on_a_line_and_in_a_mapping():
         ({"path": "a", "weight": -1.0}, "weight -1"),
         ({"path": "a", "weight": float("nan")}, "weight nan"),
         ({"path": "a", "weight": float("inf")}, "weight inf"),
+        ({"path": "a", "weight": 1e12}, "weight 1000000000000.0; .* at most 1000"),
+        ("a.jsonl#99999999999999999999", "limit 99999999999999999999"),
         ({"path": "a", "weight": "2"}, "weight '2'"),
         ({"path": "a", "weight": True}, "weight True"),
         ({"path": "a", "limit": -5}, "limit -5"),

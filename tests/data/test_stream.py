@@ -307,6 +307,24 @@ def test_what_cannot_be_streamed_is_said(folder, monkeypatch, spec, reason):
     assert "\n" not in str(raised.value)
 
 
+def test_text_alone_teaches_a_frozen_language_model_nothing(tmp_path):
+    for name, rows in (("a", []), ("b", rows_of(tmp_path, "b", 2))):
+        write_jsonl(tmp_path / f"{name}.jsonl", [row(f"{name} {n}") for n in range(9)] + rows)
+    text, mixed = (
+        replace(make_dataset([str(tmp_path / name)], window=1), skips_text=True)
+        for name in ("a.jsonl", "b.jsonl")
+    )
+    with pytest.raises(DataError, match=r"no sample has an image.*frozen"):
+        text.costliest()
+    assert len(mixed.costliest().patches), "its first window is text alone"
+
+
+def test_a_local_url_is_a_path(folder):
+    """So that its images are found, and its samples called alike."""
+    plain, url = (open_stream([spec]) for spec in (str(folder), f"file://{folder}"))
+    assert url == plain
+
+
 def test_the_warm_up_takes_the_costliest_of_the_first_window(folder, uninterrupted):
     batch = make_dataset([str(folder)]).costliest()
     assert len(batch.input_ids) >= max(

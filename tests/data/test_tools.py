@@ -179,7 +179,6 @@ def test_a_prompt_may_end_with_an_answer_of_a_tool():
         ([user("a"), call({"arguments": {}})], {}, "a tool call without a name"),
         ([user("a"), call([{"name": "f"}])], {}, "a tool call without a name"),
         ([user("a"), call(None)], {}, "a tool call without a name"),
-        ([user("a"), call({"name": "f"})], {}, "calls f with arguments None, not JSON"),
         ([user("a"), call({"name": "f", "arguments": "{"})], {}, "arguments '{', not JSON"),
         ([user("a") | {"tool_calls": [{}]}, assistant("b")], {}, "only an assistant"),
         ([user("a"), assistant("b", tool_calls={"name": "f"})], {}, "tool_calls"),
@@ -241,3 +240,14 @@ def test_the_processor_strips_in_training_measuring_and_prompts():
     assert prompt == bare.prompt(sample(user("a"), assistant("b"), user("c"))).input_ids.tolist()
     with pytest.raises(ValueError, match="think 'drop' is not one of"):
         processor(think="drop")
+
+
+def test_a_call_without_arguments_has_none():
+    ours = sample(user("a"), call({"name": "f"}))
+    assert '{"name": "f", "arguments": {}}' in ours.messages[1].content
+
+
+def test_a_tools_answer_in_parts_is_their_text():
+    parts = [{"type": "text", "text": "31"}, {"type": "text", "text": " degrees"}]
+    turns = (user("a"), call({"name": "f"}), {"role": "tool", "content": parts}, assistant("b"))
+    assert sample(*turns).messages[2].content == "31 degrees"

@@ -184,16 +184,12 @@ def test_a_video_with_no_frame_to_decode_is_found_at_decoding(clips, tmp_path):
 
 
 def test_a_frame_whose_header_lies_is_found_at_decoding(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # a quarter turn, which is told behind the pixels
-    Image.new("RGB", (56, 84)).save(tmp_path / "a.png", exif=exif)
-    content = (tmp_path / "a.png").read_bytes()
-    start = content.index(b"eXIf") - 4
-    stop = start + 12 + int.from_bytes(content[start : start + 4], "big")
-    moved = content[:start] + content[stop:-12] + content[start:stop] + content[-12:]
-    (tmp_path / "a.png").write_bytes(moved)
-    for sample in (row("<video>", videos=[["a.png", "a.png"]]), row("<image>", images=["a.png"])):
-        with pytest.raises(BadSample, match=r"a\.png has a header that lies of its size"):
+    Image.new("RGB", (56, 84)).save(tmp_path / "a.ico", sizes=[(56, 84)])
+    content = bytearray((tmp_path / "a.ico").read_bytes())
+    content[6:8] = 84, 56  # the directory's width and height; the picture in it has its own
+    (tmp_path / "a.ico").write_bytes(content)
+    for sample in (row("<video>", videos=[["a.ico", "a.ico"]]), row("<image>", images=["a.ico"])):
+        with pytest.raises(BadSample, match=r"a\.ico has a header that lies of its size"):
             processor().encode(parse_row(sample, "data.jsonl:1", RowContext(tmp_path)))
 
 

@@ -8,9 +8,11 @@ import torch
 
 from tests.data.samples import GOLDEN, assistant, processor, row, sample, user, write_jsonl
 from tests.data.videos import write_video
+from vlm.data import view
 from vlm.data.image import load_image, patchify, resize
 from vlm.data.processor import IGNORED
 from vlm.data.view import main, pictures, pieces, unpatchify
+from vlm.data.watch import DataWorkerError
 
 
 @pytest.fixture
@@ -88,6 +90,10 @@ def test_fewer_samples_are_shown_and_all_are_counted(data):
     [
         (["missing.jsonl", "--model", str(GOLDEN / "model")], "missing.jsonl does not exist"),
         (["data.jsonl", "--model", "./none"], "does not exist"),
+        *(
+            (["data.jsonl", "--model", str(GOLDEN / "model"), f"--{name}", "-1"], f"{name} is -1")
+            for name in ("samples", "world", "token_budget", "patch_budget", "global_batch_size")
+        ),
     ],
 )
 def test_bad_arguments_are_one_sentence(arguments, reason, tmp_path, monkeypatch, capsys):
@@ -97,6 +103,23 @@ def test_bad_arguments_are_one_sentence(arguments, reason, tmp_path, monkeypatch
     message = capsys.readouterr().err
     assert message.startswith("error: ") and reason in message
     assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (DataWorkerError("a data worker died"), 1, "error: a data worker died"),
+        (KeyboardInterrupt(), 130, "interrupted; nothing was written"),
+    ],
+)
+def test_what_ends_the_index_is_one_line(data, error, code, said, monkeypatch, capsys):
+    def ended(*_):
+        raise error
+
+    monkeypatch.setattr(view, "build_index", ended)
+    done, out = write(data)
+    assert done == code and capsys.readouterr().err.splitlines()[-1] == said
+    assert not out.exists()
 
 
 @pytest.mark.browser

@@ -153,8 +153,11 @@ def dangling(folder):
     ("name", "message"),
     [
         (dangling, "out exists; remove it"),
-        (lambda folder: folder / ("n" * 300), "cannot be made (File name too long)"),
-        (lambda folder: folder / "vl" / "config.json" / "out", "cannot be made (Not a directory)"),
+        (lambda folder: folder / ("n" * 300), "cannot be written (File name too long)"),
+        (
+            lambda folder: folder / "vl" / "config.json" / "out",
+            "cannot be written (Not a directory)",
+        ),
     ],
 )
 def test_an_output_that_cannot_be_is_told_before_a_donor_is_looked_for(

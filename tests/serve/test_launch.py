@@ -251,7 +251,7 @@ def damage(folder: Path, what: str) -> None:
     elif what == "no JSON":
         (folder / "config.json").write_text("{")
     elif what == "odd tower":
-        config["vision_config"]["num_heads"] = 3
+        config["vision_config"]["num_heads"] = 1
         (folder / "config.json").write_text(json.dumps(config))
     elif what == "a run":
         (folder / "config.json").unlink()
@@ -269,7 +269,7 @@ def damage(folder: Path, what: str) -> None:
         ("a run", "serve/export.py"),
         ("another model", "model_type 'llava'"),
         ("no JSON", "cannot be read as JSON"),
-        ("odd tower", "does not divide the 3 heads of the vision tower"),
+        ("odd tower", "does not divide the 1 heads of the vision tower"),
     ],
 )
 def test_a_directory_that_cannot_be_served(model, tmp_path, what, message, capsys):

@@ -30,9 +30,10 @@ from tqdm import tqdm
 from vlm.checkpoint import CheckpointError
 from vlm.data.ledger import Entry
 from vlm.data.options import data_parser, open_data
+from vlm.data.out_file import check_out, written
 from vlm.data.processor import IGNORED, Processor
 from vlm.data.prove import prove
-from vlm.data.schema import BadSample, Sample
+from vlm.data.schema import BadSample, Sample, printable
 from vlm.data.sources import Chunk, DataError, Source
 from vlm.hf_config import ConfigError
 from vlm.hub import resolve_model
@@ -145,10 +146,6 @@ def _check_sample(sample: Sample, processor: Processor, tally: Tally) -> None:
     tally.longest = max(tally.longest, sizes.length)
     tally.counts["too_long"] += sizes.length > processor.max_length
     example = processor.encode(sample)
-    if example.grid_thw != sizes.grid_thw:
-        raise BadSample(
-            sample.id, "has a video of which fewer frames can be decoded than its header tells"
-        )
     tally.counts["tokens"] += example.length
     tally.counts["learnt"] += int((example.targets != IGNORED).sum())
     tally.counts["images"] += len(sample.images)
@@ -234,6 +231,8 @@ def parse_arguments(arguments: Iterable[str] | None = None) -> argparse.Namespac
 def main(arguments: Iterable[str] | None = None) -> int:
     try:
         options = parse_arguments(arguments)
+        if options.json:
+            check_out("json", options.json)
         sources, processor = open_data(options)
         tallies = check(sources, processor, options.workers)
         show(table(sources, tallies, options.max_length))
@@ -246,10 +245,14 @@ def main(arguments: Iterable[str] | None = None) -> int:
             found["packing"] = proof.as_json()
             complaint = complaint or (None if proof.holds else "packing does not hold")
         if options.json:
-            write_json(options.json, found)
+            with written(options.json) as file:
+                json.dump(found, file, indent=1)
     except (ConfigError, CheckpointError, DataError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     if complaint:
         print(f"error: {complaint}", file=sys.stderr)
     return 1 if complaint else 0
@@ -267,13 +270,7 @@ def too_many(tallies: list[Tally], max_bad_fraction: float) -> str | None:
 
 def show(text: str) -> None:
     """Print it, even a file's name that is no text."""
-    print(text.encode("utf-8", "backslashreplace").decode(), flush=True)
-
-
-def write_json(path: Path, content: dict) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(partial, path)
+    print(printable(text), flush=True)
 
 
 if __name__ == "__main__":

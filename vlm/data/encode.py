@@ -10,9 +10,9 @@ std and the sums of the first 8 rows of the normalised patches); or `error`, why
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from vlm.checkpoint import CheckpointError
 from vlm.data.options import data_parser, open_data, rows_of
+from vlm.data.out_file import check_out, written
 from vlm.data.processor import IGNORED, Example, Processor
-from vlm.data.schema import BadSample
+from vlm.data.schema import BadSample, Sample, printable
 from vlm.data.sources import DataError, Source
 from vlm.hf_config import ConfigError
 from vlm.vision import normalise
@@ -36,12 +37,23 @@ def encoded(
     Args:
         prompt: up to where the assistant's next words begin, as chat and servers see it.
     """
-    encode = processor.prompt if prompt else processor.encode
     for source, row, place in rows_of(sources):
         try:
-            yield describe(encode(source.parse(row, place)), processor)
+            sample = source.parse(row, place)
+            example = processor.prompt(_question(sample)) if prompt else processor.encode(sample)
+            yield describe(example, processor)
         except BadSample as error:
             yield {"id": error.sample_id, "error": error.reason}
+
+
+def _question(sample: Sample) -> Sample:
+    """The sample without the answer that it ends with."""
+    messages = list(sample.messages)
+    while messages and messages[-1].role in ("assistant", "tool_call"):
+        messages.pop()
+    if not messages:
+        raise BadSample(sample.id, "has an answer and nothing before it")
+    return replace(sample, messages=tuple(messages))
 
 
 def describe(example: Example, processor: Processor) -> dict:
@@ -93,18 +105,20 @@ def main(arguments: Iterable[str] | None = None) -> int:
     good = bad = 0
     try:
         options = parse_arguments(arguments)
+        check_out("out", options.out)
         lines = encoded(*open_data(options), options.prompt)
-        partial = options.out.with_name(options.out.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
+        with written(options.out) as file:
             for line in tqdm(lines, desc="encode", unit=" samples", disable=None):
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 bad += "error" in line
                 good += "error" not in line
-        os.replace(partial, options.out)
     except (ConfigError, CheckpointError, DataError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{good} samples encoded, {bad} bad; wrote {options.out}")
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    print(printable(f"{good} samples encoded, {bad} bad; wrote {options.out}"))
     return 0
 
 

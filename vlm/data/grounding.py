@@ -11,6 +11,13 @@ from vlm.data.image import BadImage, header_size
 from vlm.data.media import Medium
 from vlm.data.schema import BOX_TAG, BadSample, Box, Message, Sample
 
+OUTSIDE = 0.01
+"""How far a box may reach over its image, as a share of its side, or a pixel: annotators round."""
+
+
+class BoxOutside(ValueError):
+    """A box that is not in its image."""
+
 
 def place_boxes(sample: Sample, media: Sequence[Medium], patch_size: int) -> Sample:
     """The sample with the text of its boxes where their tags stood.
@@ -20,7 +27,8 @@ def place_boxes(sample: Sample, media: Sequence[Medium], patch_size: int) -> Sam
         patch_size: pixels on a side of the patches that grids are in.
 
     Raises:
-        BadSample: more tags than boxes; boxes left over belong to turns that were cut off.
+        BadSample: more tags than boxes, or a box outside its image; boxes left over belong to
+            turns that were cut off.
     """
     if not sample.boxes:
         return sample
@@ -33,7 +41,7 @@ def place_boxes(sample: Sample, media: Sequence[Medium], patch_size: int) -> Sam
             raise BadSample(sample.id, f"has more {BOX_TAG} tags than boxes")
         try:
             return _text(box, images[box.image], patch_size)
-        except BadImage as error:
+        except (BadImage, BoxOutside) as error:
             raise BadSample(sample.id, str(error)) from None
 
     def placed(message: Message) -> Message:
@@ -45,6 +53,14 @@ def place_boxes(sample: Sample, media: Sequence[Medium], patch_size: int) -> Sam
 def _text(box: Box, image: Medium, patch_size: int) -> str:
     _, height, width = (count * patch_size for count in image.grid)
     full_height, full_width = (1, 1) if box.is_share else header_size(image.source)
+    sizes = (full_width, full_height) * (len(box.numbers) // 2)
+    for number, size in zip(box.numbers, sizes, strict=True):
+        slack = max(1, OUTSIDE * size)
+        if not box.is_share and not -slack <= number <= size + slack:
+            raise BoxOutside(
+                f"objects has the box {list(box.numbers)}, which is not in its image of "
+                f"{full_width} x {full_height} pixels"
+            )
     points = zip(box.numbers[::2], box.numbers[1::2], strict=True)
     # in this order of operations, whose rounding is ms-swift's
     seen = ((round(x / full_width * width), round(y / full_height * height)) for x, y in points)

@@ -8,8 +8,10 @@ without torchvision.
 
 import io
 import math
+import stat
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -26,6 +28,10 @@ MAX_SOURCE_PIXELS = 89_478_485
 ORIENTATION = 0x0112
 SIDEWAYS = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""
+PNG_START = 8
+PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+PNG_TURNING = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+"""Keywords of a PNG's texts that may hold an orientation."""
 
 
 class BadImage(ValueError):
@@ -36,6 +42,7 @@ def open_image(source: Media) -> Image.Image:
     """The image's header; pixels are not decoded. BadImage names the file and the reason."""
     name = describe(source)
     try:
+        check_regular(source)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's own bomb warning; the bound is below
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
@@ -55,13 +62,33 @@ def open_image(source: Media) -> Image.Image:
 def header_size(source: Media) -> tuple[int, int]:
     """(height, width) as it will be seen, from the header alone."""
     with open_image(source) as image:
-        if image.format == "PNG" and "exif" not in image.info:
-            return image.height, image.width  # Pillow would decode it all to look for one behind
         try:
-            sideways = image.getexif().get(ORIENTATION) in SIDEWAYS
+            if image.format != "PNG":
+                exif = image.getexif()
+            else:  # whose own `getexif` would decode it all to look for one behind the pixels
+                if _turns_behind_its_pixels(image.fp):
+                    image.load()
+                exif = Image.Image.getexif(image)
+            sideways = exif.get(ORIENTATION) in SIDEWAYS
         except Exception:  # noqa: BLE001 - damaged EXIF: no orientation
             sideways = False
         return (image.width, image.height) if sideways else (image.height, image.width)
+
+
+def _turns_behind_its_pixels(file: BinaryIO) -> bool:
+    """Whether a PNG has a chunk behind its pixels that may hold an orientation."""
+    place, is_behind, turns = file.tell(), False, False
+    file.seek(PNG_START)
+    while not turns and len(head := file.read(8)) == 8:
+        length, kind = int.from_bytes(head[:4]), head[4:]
+        following = file.tell() + length + 4
+        if is_behind and kind in PNG_TEXTS:
+            turns = file.read(24).startswith(PNG_TURNING)
+        turns = turns or (is_behind and kind == b"eXIf")
+        is_behind = is_behind or kind == b"IDAT"
+        file.seek(following)
+    file.seek(place)
+    return turns
 
 
 def load_image(source: Media) -> Tensor:
@@ -145,6 +172,16 @@ def patchify(pixels: Tensor, config: VisionConfig) -> Tensor:
         out[: len(given), :, :, slot] = given
         out[len(given) :, :, :, slot] = patches[-1]
     return out.view(-1, channels * depth * side * grid[-1]).view(torch.uint8)
+
+
+def check_regular(source: Media) -> None:
+    """OSError where a path is no regular file: opening a pipe would wait for ever."""
+    if isinstance(source, Path):
+        mode = source.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError
+        if not stat.S_ISREG(mode):
+            raise OSError("a pipe, a socket or a device")
 
 
 def describe(source: Media, kind: str = "an image") -> str:

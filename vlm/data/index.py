@@ -9,16 +9,13 @@ images and videos show them.
 """
 
 import argparse
-import signal
 import sys
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +27,11 @@ from vlm.config import VLMConfig
 from vlm.cost import sample_flops_array
 from vlm.data.index_cache import IndexCache, Measures, default_cache_dir, processor_fingerprint
 from vlm.data.index_report import index_report
+from vlm.data.index_work import Result, measure_rows, open_executor
 from vlm.data.ledger import Entry
 from vlm.data.options import data_parser, open_data
-from vlm.data.processor import Processor, Sizes
-from vlm.data.schema import BadSample, Sample
+from vlm.data.processor import Processor
+from vlm.data.schema import Sample
 from vlm.data.sources import Chunk, DataError, Place, Source
 from vlm.data.watch import DataWorkerError
 from vlm.hf_config import ConfigError
@@ -111,8 +109,8 @@ def build_index(
 ) -> tuple[Index, list[Entry]]:
     """Measure every sample, but for those that the cache knows.
 
-    The rows of the data are all read and hashed; of what is known neither text nor headers of
-    media are looked at again. Where an image changed under its path, the loader finds it.
+    The rows of the data are all read and hashed; of what is known no text is tokenized and no
+    file opened again, but for the files that were replaced since.
 
     Args:
         workers: processes that share the work; 1 is this one alone.
@@ -130,7 +128,7 @@ def build_index(
     ahead = 4 * workers if workers > 1 else 0
     parts, places, bad = [], [np.zeros((0, 4), np.int64)], []
     bar = tqdm(desc="index", unit=" samples", disable=None)
-    with bar, _executor(tuple(sources), processor, workers) as executor:
+    with bar, open_executor(tuple(sources), processor, workers) as executor:
         for number, source in enumerate(sources):
             cache = IndexCache(cache_dir, fingerprint, source, rebuild)
             try:
@@ -170,10 +168,6 @@ def build_index(
     return index, bad
 
 
-Result = tuple[dict[int, Sizes], dict[int, str]]
-"""Sizes of a chunk's good rows and reasons of its bad ones, by their number in the chunk."""
-
-
 def _measured(
     number: int, source: Source, cache: IndexCache, executor: Executor, ahead: int
 ) -> Iterator[tuple[Chunk, Measures, dict[int, str]]]:
@@ -186,7 +180,7 @@ def _measured(
     def finish() -> tuple[Chunk, Measures, dict[int, str]]:
         chunk, known, future = pending.popleft()
         try:
-            sizes, reasons = future.result()
+            sizes, stamps, reasons = future.result()
         except BrokenProcessPool:
             place = chunk.places[0]
             raise DataWorkerError(
@@ -194,76 +188,30 @@ def _measured(
                 f"{source.files[place.file]}:{place.line}; is memory short, or a file broken? "
                 "Fewer dataset_num_proc take less memory"
             ) from None
-        measures = known.merged(Measures.of(sizes))
+        measures = known
+        if sizes or reasons:
+            measures = known.without({*sizes, *reasons}).merged(Measures.of(sizes, stamps))
         cache.put(chunk.digest, measures)
         return chunk, measures, reasons
 
     for chunk in source.chunks():
         known = cache.get(chunk.digest)
-        done = set(known.row.tolist())
-        new = [row for row in range(len(chunk.rows)) if row not in done]
-        if new:
-            rows = [(row, chunk.rows[row], chunk.places[row]) for row in new]
-            future = executor.submit(_measure, number, rows)
+        stamps = dict(zip(known.row.tolist(), known.stamp.tolist(), strict=True))
+        # known without files needs no look; what is new has no stamp
+        if rows := [
+            (row, raw, place, stamps.get(row))
+            for row, (raw, place) in enumerate(zip(chunk.rows, chunk.places, strict=True))
+            if stamps.get(row) != 0
+        ]:
+            future = executor.submit(measure_rows, number, rows)
         else:
             future = Future()
-            future.set_result(({}, {}))
+            future.set_result(({}, {}, {}))
         pending.append((chunk, known, future))
         if len(pending) > ahead:
             yield finish()
     while pending:
         yield finish()
-
-
-def _measure(number: int, rows: list[tuple[int, object, Place]]) -> Result:
-    """Measure rows of a source, in the process that `_remember` prepared."""
-    sources, processor = _state
-    sizes, reasons = {}, {}
-    for row, raw, place in rows:
-        try:
-            sizes[row] = processor.measure(sources[number].parse(raw, place))
-        except BadSample as error:
-            reasons[row] = error.reason
-    return sizes, reasons
-
-
-_state: tuple = ()
-
-
-def _remember(*state) -> None:
-    global _state
-    _state = state
-
-
-def _begin_worker(*state) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
-    _remember(*state)
-
-
-@contextmanager
-def _executor(sources: tuple[Source, ...], processor: Processor, workers: int):
-    state = (sources, processor)
-    if workers <= 1:
-        _remember(*state)
-        try:
-            yield _Here()
-        finally:
-            _remember()
-        return
-    pool = ProcessPoolExecutor(workers, get_context("fork"), _begin_worker, state)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-class _Here(Executor):
-    """This process alone, at once."""
-
-    def submit(self, work, /, *arguments) -> Future:
-        future = Future()
-        future.set_result(work(*arguments))
-        return future
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,17 +1,17 @@
 """What the index measured before, on disk, so that only new rows are measured again.
 
 One `.npz` file per source and processor holds the good rows of every chunk, keyed by the chunk's
-digest: of the rows themselves, and of where their media are looked for. So rows appended to a
-file leave its other chunks known, and another limit, template or tokenizer is another file.
+digest: of the rows themselves, and of where their media are looked for. So rows put into a file
+leave its other chunks known, and another limit, template or tokenizer is another file.
 
 Bad rows are not kept: they are measured again each time, since a missing image may be there by
-now. A good row's image is not opened again: one that has changed since is found at decoding, where
-the loader compares sizes.
+now. A good row has a stamp of its files, and is measured again where one was replaced.
 """
 
 import os
 import tempfile
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from functools import cache
 from hashlib import sha256
@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from vlm.data.processor import Processor, Sizes
+from vlm.data.schema import Sample
 from vlm.data.sources import Source
 
 MOST_CHUNKS = 4096
@@ -57,7 +58,7 @@ def _code() -> bytes:
 class Measures:
     """Sizes of the good rows of a chunk, or of several. Legend: n samples, m images and videos.
 
-    All int32.
+    All int32, but for the stamps.
     """
 
     row: np.ndarray
@@ -68,12 +69,14 @@ class Measures:
     """(n,) learnt tokens."""
     media: np.ndarray
     """(n,) images and videos."""
+    stamp: np.ndarray
+    """(n,) int64: `media_stamp`."""
     grids: np.ndarray
     """(m, 3) time, height and width in patches, sample after sample."""
 
     @classmethod
-    def of(cls, sizes: dict[int, Sizes]) -> "Measures":
-        """Of the sizes of rows, by their number."""
+    def of(cls, sizes: dict[int, Sizes], stamps: dict[int, int] | None = None) -> "Measures":
+        """Of the sizes and stamps of rows, by their number; all stamps 0 where none are given."""
         sizes = dict(sorted(sizes.items()))
         grids = [grid for size in sizes.values() for grid in size.grid_thw]
         return cls(
@@ -81,6 +84,7 @@ class Measures:
             np.array([size.length for size in sizes.values()], np.int32),
             np.array([size.targets for size in sizes.values()], np.int32),
             np.array([len(size.grid_thw) for size in sizes.values()], np.int32),
+            np.array([stamps[row] if stamps else 0 for row in sizes], np.int64),
             np.array(grids, np.int32).reshape(-1, 3),
         )
 
@@ -93,15 +97,32 @@ class Measures:
 
     def merged(self, other: "Measures") -> "Measures":
         """Of other rows of the same chunk too, in the order of the rows."""
-        if not len(other.row):
-            return self
         both = Measures.joined([self, other])
-        order = np.argsort(both.row)
-        pieces = np.split(both.grids, np.cumsum(both.media)[:-1])
-        grids = np.concatenate([pieces[number] for number in order])
-        return Measures(
-            both.row[order], both.length[order], both.targets[order], both.media[order], grids
-        )
+        return both._taken(np.argsort(both.row))
+
+    def without(self, rows: Collection[int]) -> "Measures":
+        """Of the other rows."""
+        return self._taken(np.flatnonzero(~np.isin(self.row, list(rows))))
+
+    def _taken(self, order: np.ndarray) -> "Measures":
+        pieces = np.split(self.grids, np.cumsum(self.media)[:-1])
+        grids = np.concatenate([self.grids[:0], *(pieces[number] for number in order)])
+        columns = (self.row, self.length, self.targets, self.media, self.stamp)
+        return Measures(*(column[order] for column in columns), grids)
+
+
+def media_stamp(sample: Sample) -> int:
+    """Of the sizes and times of change of a sample's files; 0 where it has none.
+
+    Raises:
+        OSError, ValueError: one cannot be found.
+    """
+    media = [*sample.images]
+    for video in sample.videos:
+        media += video if isinstance(video, tuple) else [video]
+    found = [path.stat() for path in media if isinstance(path, Path)]
+    content = repr([(stat.st_size, stat.st_mtime_ns) for stat in found]).encode()
+    return int.from_bytes(sha256(content).digest()[:8], "big", signed=True) if found else 0
 
 
 class IndexCache:
@@ -132,7 +153,9 @@ class IndexCache:
         return self.met.get(digest) or self.known.get(digest) or Measures.of({})
 
     def put(self, digest: bytes, measures: Measures) -> None:
-        self.changed |= len(measures.row) > len(self.get(digest).row)
+        known = self.get(digest)
+        for ours, theirs in ((known.row, measures.row), (known.stamp, measures.stamp)):
+            self.changed |= not np.array_equal(ours, theirs)
         self.met[digest] = measures
 
     def save(self) -> None:
@@ -183,7 +206,7 @@ def _load(path: Path) -> dict[bytes, Measures]:
         media = np.concatenate([[0], np.cumsum(whole.media)])
         chunks = {}
         for digest, start, stop in zip(digests, stops - samples, stops, strict=True):
-            columns = (whole.row, whole.length, whole.targets, whole.media)
+            columns = (whole.row, whole.length, whole.targets, whole.media, whole.stamp)
             grids = whole.grids[media[start] : media[stop]]
             chunks[digest.tobytes()] = Measures(*(column[start:stop] for column in columns), grids)
         return chunks

@@ -22,7 +22,8 @@ NUMBER = re.compile(r"\d+(\.\d+)?")
 def index_report(index: "Index", bad: Sequence[Entry]) -> str:
     """Tables for the one who starts a run; several lines."""
     parts = [_totals(index, bad), _histogram(index.length), _dropped(bad)]
-    return "\n\n".join(part for part in parts if part)
+    text = "\n\n".join(part for part in parts if part)
+    return text.encode(errors="backslashreplace").decode()  # names of files may be no UTF-8
 
 
 def _totals(index: "Index", bad: Sequence[Entry]) -> str:

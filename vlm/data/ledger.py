@@ -21,32 +21,45 @@ class Entry:
 
 
 class Ledger:
-    """`ledger.jsonl` of a run. Reading it back makes a restarted run skip the same samples."""
+    """`ledger.jsonl` of a run, which keeps all that was ever found.
+
+    What an earlier start found at indexing counts no more: it is found again, or was mended.
+    """
 
     def __init__(self, path: Path, writes: bool = True, strict: bool = False) -> None:
         """
         Args:
             writes: False on all ranks but one; every rank records the same entries.
-            strict: `check` accepts no bad sample at all.
+            strict: `check` accepts no bad sample at all of those found since.
         """
         self.path, self.writes, self.strict = path, writes, strict
         self.entries: dict[str, Entry] = {}
+        """Those that count, by id."""
+        self.written: set[tuple[str, str]] = set()
+        """Id and reason of all in the file."""
+        self.first: Entry | None = None
+        """Of those recorded since."""
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             for line in lines:
                 if line.endswith("\n"):  # a kill, or the first rank at work, leaves a torn end
                     entry = Entry(**json.loads(line))
-                    self.entries[entry.id] = entry
+                    self.written.add((entry.id, entry.reason))
+                    if entry.found != "index":
+                        self.entries[entry.id] = entry
             if writes and lines and not lines[-1].endswith("\n"):
                 path.write_text("".join(lines[:-1]), encoding="utf-8")
 
     def record(self, entries: list[Entry]) -> None:
-        """Append the entries that are new."""
-        new = {entry.id: entry for entry in entries if entry.id not in self.entries}
-        self.entries |= new
+        """Count the entries, and append those that are new."""
+        found = {entry.id: entry for entry in entries}
+        self.first = self.first or next(iter(found.values()), None)
+        self.entries |= found
+        new = [e for e in found.values() if (e.id, e.reason) not in self.written]
+        self.written |= {(entry.id, entry.reason) for entry in new}
         if new and self.writes:
             with self.path.open("a", encoding="utf-8") as file:
-                for entry in new.values():
+                for entry in new:
                     file.write(json.dumps(asdict(entry)) + "\n")
 
     def check(self, samples: int, max_bad_fraction: float) -> None:
@@ -57,11 +70,10 @@ class Ledger:
             samples: all samples of the data, good and bad.
         """
         bad = len(self.entries)
-        if bad and self.strict:
-            first = next(iter(self.entries.values()))
+        if self.first and self.strict:
             raise TooManyBadSamples(
-                f"{first.id}: {first.reason}; on_bad is error, so the run stops; mend or remove "
-                "the sample, or use on_bad skip"
+                f"{self.first.id}: {self.first.reason}; on_bad is error, so the run stops; "
+                "mend or remove the sample, or use on_bad skip"
             )
         if bad > max_bad_fraction * samples:
             first = next(iter(self.entries.values()))
@@ -70,5 +82,5 @@ class Ledger:
             raise TooManyBadSamples(
                 f"{bad} of {samples} samples are bad ({found}), more than max_bad_fraction "
                 f"{max_bad_fraction:g} allows; the first: {first.id}: {first.reason}; all are "
-                f"in {self.path}"
+                f"in {self.path}; remove it once they are mended"
             )

@@ -36,6 +36,8 @@ class Limits:
     def __post_init__(self) -> None:
         for kind in ("", "video_"):
             least, most = getattr(self, f"{kind}min_pixels"), getattr(self, f"{kind}max_pixels")
+            if least < 1:
+                raise ValueError(f"{kind}min_pixels is {least}; it must be above 0")
             if least > most:
                 raise ValueError(f"{kind}max_pixels {most} is below {kind}min_pixels {least}")
         if not 0 < self.fps <= MOST_FPS:

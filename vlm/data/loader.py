@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from vlm.data.stream import StreamDataset
 
 
+TEXT_ALONE = (
+    "no sample has an image or video, so there is nothing to learn while the language model is "
+    "frozen"
+)
+
+
 @dataclass(frozen=True)
 class Step:
     """One rank's micro-batches of one optimiser step."""
@@ -89,14 +95,11 @@ def make_plan(
 ) -> Plan:
     """The plan of indexed data; arguments as in `Plan`, costs from `Index.costs`.
 
-    DataError where it would skip every sample.
+    DataError where it would skip every sample, or an epoch has none.
     """
     if skips_text and not index.patches.any():
-        raise DataError(
-            "no sample has an image or video, so there is nothing to learn while the language "
-            "model is frozen"
-        )
-    return Plan(
+        raise DataError(TEXT_ALONE)
+    plan = Plan(
         lengths=index.length,
         patches=index.patches,
         targets=index.targets,
@@ -109,6 +112,11 @@ def make_plan(
         budget=budget,
         skips_text=skips_text,
     )
+    if not plan.epoch_samples:
+        raise DataError(
+            "an epoch has no sample, since the weights leave too little of the data; raise them"
+        )
+    return plan
 
 
 @dataclass(frozen=True)
@@ -186,7 +194,7 @@ class StepDataset(Dataset):
                 example.id,
                 "has {} tokens ({} learnt) and {} patches".format(*found)
                 + ", but had {} ({}) and {} when it was indexed; ".format(*told)
-                + "its files have changed since",
+                + "its files have changed since; a new start measures them anew",
             )
 
 

@@ -69,19 +69,27 @@ class MediaReader:
         except (BadImage, BadVideo) as error:
             raise BadSample(sample.id, str(error)) from None
 
-    def read(self, sample: Sample) -> tuple[list[Medium], Tensor]:
+    def read(self, sample: Sample, exact: bool = False) -> tuple[list[Medium], Tensor]:
         """The media, decoded: patches (P, patch_dim) uint8 of all in order of appearance.
 
         The media are those of `measure`, but for videos with frames that cannot be decoded: they
         are shorter.
+
+        Args:
+            exact: a shorter video is bad, since a run is planned by what was measured.
         """
         media, patches = [], [torch.zeros(0, self.vision.patch_dim, dtype=torch.uint8)]
         for medium in self.measure(sample):
             try:
-                medium, pixels = self._decode(medium)
+                decoded, pixels = self._decode(medium)
             except (BadImage, BadVideo) as error:
                 raise BadSample(sample.id, str(error)) from None
-            media.append(medium)
+            if exact and decoded.grid != medium.grid:
+                raise BadSample(
+                    sample.id,
+                    "has a video of which fewer frames can be decoded than its header tells",
+                )
+            media.append(decoded)
             patches.append(patchify(pixels, self.vision))
         return media, torch.cat(patches)
 

@@ -113,8 +113,12 @@ class Processor:
         return cls(config, tokenizer, stop_ids, limits, **options)
 
     def encode(self, sample: Sample) -> Example:
-        """A training example; BadSample where nothing can be learnt from it."""
-        example = self._example(sample, self._training_spans)
+        """A training example, of the sizes that `measure` tells.
+
+        Raises:
+            BadSample: nothing can be learnt from it, or a video holds less than its header tells.
+        """
+        example = self._example(sample, self._training_spans, exact=True)
         if not (example.targets != IGNORED).any():
             raise BadSample(sample.id, "has nothing to learn")
         return example
@@ -146,8 +150,10 @@ class Processor:
     def _training_spans(self, sample: Sample) -> list[Span]:
         return render(sample, self.default_system, self.think)
 
-    def _example(self, sample: Sample, spans: Callable[[Sample], list[Span]]) -> Example:
-        media, patches = self.reader.read(sample)
+    def _example(
+        self, sample: Sample, spans: Callable[[Sample], list[Span]], exact: bool = False
+    ) -> Example:
+        media, patches = self.reader.read(sample, exact)
         ids, targets, weights = self._tokens(sample, spans, media)
         input_ids = torch.tensor(ids)
         uneven = any(w != 1.0 for w, target in zip(weights, targets, strict=True) if target >= 0)

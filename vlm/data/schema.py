@@ -18,11 +18,17 @@ Video = Media | tuple[Media, ...]
 """A video: a file, its encoded bytes, or its frames as images, already sampled."""
 
 
+def printable(text: str) -> str:
+    """The text with what UTF-8 cannot hold (half surrogates, as of odd names) as `\\udcff`."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 class BadSample(ValueError):
     """One sample that cannot be learnt from, and why; the run records it and goes on."""
 
     def __init__(self, sample_id: str, reason: str) -> None:
-        reason = reason.replace("\n", "\\n")  # it may quote a row's names and texts
+        # both may quote a row's texts, and names of files that are no text
+        sample_id, reason = printable(sample_id), printable(reason).replace("\n", "\\n")
         super().__init__(f"{sample_id}: {reason}")
         self.sample_id, self.reason = sample_id, reason
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from hashlib import sha256
 from itertools import count, islice
 from pathlib import Path
+from zlib import crc32
 
 from vlm.data.formats import parse_line
 from vlm.data.formats.context import RowContext
 from vlm.data.schema import BadSample, Sample
-from vlm.data.sources import CHUNK_BYTES, CHUNK_ROWS, Chunk, DataError, Place
+from vlm.data.sources import CHUNK_BYTES, CHUNK_ROWS, MOST_ROWS, Chunk, DataError, Place
 
 MOST_BYTES = 64 * 2**20
 """Of a row. What is longer is surely no sample, and would fill the memory of every worker."""
@@ -143,7 +144,8 @@ def _chunks(rows: Iterator[Row], context: RowContext) -> Iterator[Chunk]:
     for place, row in rows:
         chunk.append((place, row))
         size += len(row)
-        if len(chunk) == CHUNK_ROWS or size > CHUNK_BYTES:
+        # by content: a row put in before leaves the chunks behind it as they were
+        if crc32(row) % CHUNK_ROWS == 0 or len(chunk) == MOST_ROWS or size > CHUNK_BYTES:
             yield _chunk(chunk, context)
             chunk, size = [], 0
     if chunk:

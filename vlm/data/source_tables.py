@@ -103,7 +103,7 @@ def _open(
     except Exception as error:  # noqa: BLE001 - its errors have no base of their own
         raise DataError(f"{spec.path} cannot be opened as a data set ({_brief(error)})") from None
     table = _choose_split(loaded, spec)
-    label = "/".join(filter(None, (spec.path, spec.subset, spec.split)))
+    label = "/".join(filter(None, (str(Path(spec.path)), spec.subset, spec.split)))
     return TableSource(name, spec.weight, label, table.with_format("arrow"), spec.limit, context)
 
 

@@ -4,7 +4,7 @@ A source gives its raw rows in chunks, for the index, and any one of them in O(1
 either becomes a Sample by the formats (`vlm/data/formats/`).
 """
 
-import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -14,10 +14,13 @@ from vlm.data.formats.context import RowContext
 from vlm.data.schema import Sample
 from vlm.hub import HUB_ID, Hub
 
-CHUNK_ROWS = 256
+CHUNK_ROWS, MOST_ROWS = 256, 512
+"""Of a chunk: about so many, and at most."""
 CHUNK_BYTES = 8 * 2**20
 """A chunk ends early where its rows are large."""
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
+MOST_WEIGHT = 1000
+"""An epoch's order lies in memory."""
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2", ".zip", ".tar")
 
 
@@ -144,9 +147,13 @@ def _check(spec: SourceSpec) -> None:
         value = getattr(spec, key)
         if (value is not None and not isinstance(value, str)) or value == "":
             raise DataError(f"a data set has {key} {value!r}; use a text")
-    if type(spec.weight) not in (int, float) or not 0 < spec.weight < math.inf:
-        raise DataError(f"{spec.path} has weight {spec.weight!r}; use a number above 0")
-    if spec.limit is not None and (type(spec.limit) is not int or spec.limit < 1):
+    if type(spec.weight) not in (int, float) or not 0 < spec.weight <= MOST_WEIGHT:
+        raise DataError(
+            f"{spec.path} has weight {spec.weight!r}; use a number above 0, at most {MOST_WEIGHT}"
+        )
+    if spec.limit is not None and (
+        type(spec.limit) is not int or not 1 <= spec.limit <= sys.maxsize
+    ):
         raise DataError(f"{spec.path} has limit {spec.limit!r}; use a number of rows from 1 on")
     if spec.hub is not None and spec.hub not in get_args(Hub):
         raise DataError(f"{spec.path} has hub {spec.hub!r}; use {' or '.join(get_args(Hub))}")

@@ -25,7 +25,7 @@ from vlm.data.formats.context import RowContext
 from vlm.data.index import Index
 from vlm.data.index_cache import Measures
 from vlm.data.ledger import Entry
-from vlm.data.loader import Step, StepDataset
+from vlm.data.loader import TEXT_ALONE, Step, StepDataset
 from vlm.data.pack import Budget
 from vlm.data.plan import Plan, Position
 from vlm.data.processor import Processor, Sizes
@@ -140,13 +140,17 @@ class StreamDataset:
         return {"dataset": _Steps(self, start)}
 
     def costliest(self) -> Batch:
-        """The costliest micro-batch of the first window; what comes later may be costlier."""
-        window, _, bad = self._read_window(self._rows(Position(0, 0)))
+        """The costliest micro-batch of the first window that teaches; what comes later may be
+        costlier. DataError where no window does."""
+        rows = self._rows(Position(0, 0))
+        window, _, bad = self._read_window(rows)
         if not len(window):
             raise self._nothing(bad)
+        while self.skips_text and not window.patches.any():
+            window, _, _ = self._read_window(rows)
+            if not len(window):
+                raise DataError(TEXT_ALONE)
         plan = self._plan(window, 0, 0)
-        if not window.patches.any():
-            plan = replace(plan, skips_text=False)
         return StepDataset(window, self.processor, plan, self.rank).costliest()
 
     def steps(self, start: Position, worker: int = 0, workers: int = 1) -> Iterator[Step]:
@@ -163,7 +167,9 @@ class StreamDataset:
                     break
                 plan = self._plan(window, epoch, first)
                 dataset = StepDataset(window, self.processor, plan, self.rank)
-                checksum = zlib.crc32("\n".join(s.id for s in window.samples).encode())
+                checksum = zlib.crc32(
+                    "\n".join(s.id for s in window.samples).encode(errors="surrogatepass")
+                )
                 for place in range(plan.steps_per_epoch):
                     found = first + place + 1
                     if found <= begin.batch:

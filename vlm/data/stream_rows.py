@@ -76,6 +76,7 @@ def find_shards(spec: SourceSpec, source: int, context: RowContext) -> list[Shar
         DataError: there is none, or one is of no known kind.
     """
     import fsspec
+    from fsspec.implementations.local import LocalFileSystem
 
     try:
         system, path = fsspec.core.url_to_fs(spec.path)
@@ -93,7 +94,7 @@ def find_shards(spec: SourceSpec, source: int, context: RowContext) -> list[Shar
         raise DataError(f"{spec.path} has no shard; one ends in {', '.join(KINDS)}")
     shards = []
     for name, size in sizes:
-        is_local = "://" not in spec.path
+        is_local = isinstance(system, LocalFileSystem)  # also `file://...`
         url = name if is_local else system.unstrip_protocol(name)
         _kind(url)
         folder = Path(name).parent if is_local else None

@@ -15,7 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlm.data.image import MAX_SOURCE_PIXELS, describe, header_size, load_image, resize
+from vlm.data.image import (
+    MAX_SOURCE_PIXELS,
+    check_regular,
+    describe,
+    header_size,
+    load_image,
+    resize,
+)
 from vlm.data.schema import Media, Video
 
 
@@ -134,6 +141,7 @@ def _opened(source: Media) -> Iterator:
     # Workers share the machine; and what several threads make of a damaged file is left to chance.
     one_thread = [cv2.CAP_PROP_N_THREADS, 1]
     try:
+        check_regular(source)
         stream = io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
     except FileNotFoundError:
         raise BadVideo(f"{name} does not exist") from None

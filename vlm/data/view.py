@@ -8,7 +8,6 @@ patches that the model gets, tokens coloured by whether they are learnt, their r
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,12 +22,24 @@ from vlm.data.index import Index, build_index
 from vlm.data.index_cache import default_cache_dir
 from vlm.data.ledger import Entry
 from vlm.data.options import data_parser, open_data
+from vlm.data.out_file import check_out, written
 from vlm.data.pack import Budget, arrange
 from vlm.data.processor import IGNORED, Example, Processor
-from vlm.data.schema import BadSample
+from vlm.data.schema import BadSample, printable
 from vlm.data.sources import DataError, Source
 from vlm.data.view_page import Piece, View, render_page
+from vlm.data.watch import DataWorkerError
 from vlm.hf_config import ConfigError
+
+COUNTS = (
+    "samples",
+    "dataset_num_proc",
+    "world",
+    "global_batch_size",
+    "token_budget",
+    "patch_budget",
+)
+"""Options that must be above 0."""
 
 
 def pieces(example: Example, processor: Processor) -> list[Piece]:
@@ -137,12 +148,6 @@ def _first_batch(index: Index, config: VLMConfig, options) -> list[list[list[int
     return arrange(costs, index.length[some], index.patches[some], options.world, budget)
 
 
-def write_page(path: Path, view: View) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(render_page(view), encoding="utf-8")
-    os.replace(partial, path)
-
-
 def parse_arguments(arguments: Iterable[str] | None = None) -> argparse.Namespace:
     parser = data_parser("view", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="the page to write")
@@ -159,12 +164,23 @@ def main(arguments: Iterable[str] | None = None) -> int:
     torch.set_num_threads(1)
     try:
         options = parse_arguments(arguments)
+        check_out("out", options.out)
+        for name in COUNTS:
+            if (count := getattr(options, name)) < 1:
+                raise ValueError(f"{name} is {count}; it must be above 0")
         view = look(*open_data(options), options)
-        write_page(options.out, view)
+        with written(options.out) as file:
+            file.write(render_page(view))
     except (ConfigError, CheckpointError, DataError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{len(view.index)} good samples, {len(view.bad)} bad; wrote {options.out}")
+    except DataWorkerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    print(printable(f"{len(view.index)} good samples, {len(view.bad)} bad; wrote {options.out}"))
     return 0
 
 

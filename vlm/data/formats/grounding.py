@@ -55,7 +55,10 @@ def parse_objects(
             raise BadSample(
                 sample_id, f"objects has a box in image {number!r:.20}, but {images} images"
             )
-    numbers = (_numbers(box, sample_id) for box in boxes)
+    numbers = [_numbers(box, sample_id) for box in boxes]
+    for box in numbers:  # pixels are checked where the image's size is known
+        if kind == "norm1" and not all(0 <= x <= 1 for x in box):
+            raise BadSample(sample_id, f"objects has the norm1 box {list(box)}, not in 0..1")
     placed = (Box(box, image, kind == "norm1") for box, image in zip(numbers, ids, strict=True))
     names = iter(refs)
 

@@ -31,6 +31,4 @@ def from_llava(row: dict, sample_id: str) -> dict:
         role = ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker
         content = turn.get("value", turn.get("content"))
         messages.append({**turn, "role": role, "content": content})
-    if isinstance(row.get("system"), str) and row["system"]:
-        messages.insert(0, {"role": "system", "content": row["system"]})
     return {**row, "messages": messages}

@@ -6,6 +6,7 @@ A path, a file URL, a data URI, bytes, `{"bytes": ...}` (raw or base64), `{"path
 
 import base64
 import os
+import string
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -14,6 +15,8 @@ from vlm.data.formats.download import DownloadError, download
 from vlm.data.schema import BadSample, Media, Video
 
 ARTICLES = {"image": "an image", "video": "a video"}
+NO_SPACE = {ord(space): None for space in string.whitespace}
+"""Base64 is often written in lines."""
 
 
 def find_media(source: object, kind: str, sample_id: str, context: RowContext) -> Video:
@@ -46,8 +49,9 @@ def find_media(source: object, kind: str, sample_id: str, context: RowContext) -
 
 
 def _decode(uri: str, kind: str, sample_id: str) -> bytes:
+    text = uri.partition(",")[2].translate(NO_SPACE)
     try:
-        return base64.b64decode(uri.partition(",")[2], validate=True)
+        return base64.b64decode(text, validate=True)
     except ValueError as error:
         raise BadSample(sample_id, f"{ARTICLES[kind]}'s base64 is damaged ({error})") from None
 

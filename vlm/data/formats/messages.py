@@ -26,12 +26,15 @@ def parse_row(row: object, sample_id: str, context: RowContext) -> Sample:
         raise BadSample(sample_id, "no list of messages")
     if row.get("audios"):
         raise BadSample(sample_id, "audios are not supported")
+    if row.get("rejected_response"):
+        raise BadSample(sample_id, "has a rejected_response; preferences are not learnt")
     media: dict[str, list[Video]] = {"image": [], "video": []}
     messages = []
-    for number, raw in enumerate(row["messages"]):
+    for number, raw in enumerate(_with_system(row)):
         messages += _messages(raw, f"message {number}", sample_id, context, media)
     for kind, inline in media.items():
         listed = row.get(f"{kind}s") or []
+        listed = [listed] if isinstance(listed, str) else listed
         if not isinstance(listed, list):
             raise BadSample(sample_id, f"{kind}s is not a list")
         if inline and listed:
@@ -43,6 +46,15 @@ def parse_row(row: object, sample_id: str, context: RowContext) -> Sample:
         messages, boxes = parse_objects(row["objects"], messages, len(images), sample_id)
     tools = parse_tools(row["tools"], sample_id) if row.get("tools") else ()
     return check_sample(Sample(sample_id, tuple(messages), images, videos, tools, boxes))
+
+
+def _with_system(row: dict) -> list:
+    """The messages; the row's `system` is the first of them unless they have their own."""
+    messages, system = row["messages"], row.get("system")
+    has_own = any(isinstance(raw, dict) and raw.get("role") == "system" for raw in messages)
+    if system is None or has_own:
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _messages(

@@ -31,6 +31,4 @@ def _with_messages(row: dict, pairs: list[list]) -> dict:
         for pair in pairs
         for role, content in zip(("user", "assistant"), pair, strict=True)
     ]
-    if row.get("system") is not None:
-        messages.insert(0, {"role": "system", "content": row["system"]})
     return {**row, "messages": messages}

@@ -32,8 +32,8 @@ def call_text(call: object, place: str, sample_id: str) -> str:
     """One call as the assistant writes it.
 
     Args:
-        call: `name` and `arguments` (or `parameters`), both maybe as JSON, and maybe inside
-            `function`.
+        call: `name` and `arguments` (or `parameters`; {} without), both maybe as JSON, and maybe
+            inside `function`.
         place: where it stands, for the error.
     """
     call = _decoded(call)
@@ -43,7 +43,7 @@ def call_text(call: object, place: str, sample_id: str) -> str:
         raise BadSample(sample_id, f"{place} has a tool call without a name")
     arguments = call.get("arguments")
     given = call.get("parameters") if arguments is None else arguments
-    arguments = _decoded(given)
+    arguments = {} if given is None else _decoded(given)
     if arguments is None or arguments is UNREADABLE:
         raise BadSample(
             sample_id, f"{place} calls {call['name']:.80} with arguments {given!r:.80}, not JSON"
