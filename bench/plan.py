@@ -9,9 +9,10 @@ An epoch of each file of bench/lengths (`make_lengths.py` says how they were mad
 - samples: two in a micro-batch, balanced by cost;
 - packed: the default.
 
-Balance is FLOPs of the mean rank / of the slowest; waiting is the mean rank's share of time where
-ranks meet in every micro-batch, as ZeRO-2's do. The planning time is of a million samples drawn
-from the file: every global batch of an epoch, arranged, on one core.
+Fewest is how many micro-batches a rank the budgets ask for at least. Balance is FLOPs of the mean
+rank / of the slowest; waiting is the mean rank's share of time where ranks meet in every
+micro-batch, as ZeRO-2's do. The planning time is of a million samples drawn from the file: every
+global batch of an epoch, arranged, on one core.
 """
 
 import json
@@ -77,8 +78,9 @@ def planning_seconds(plan: Plan) -> float:
 
 def main() -> None:
     rows = []
-    print(f"{'data':12} {'ranks':>5} {'plan':8} {'micro-batches':>13} {'fill':>9} {'tokens':>7}"
-          f" {'patches':>7} {'balance':>9} {'waiting':>8} {'1 M samples':>11}")  # fmt: skip
+    print(f"{'data':12} {'ranks':>5} {'plan':8} {'micro-batches':>13} {'fewest':>6} {'fill':>9}"
+          f" {'tokens':>7} {'patches':>7} {'balance':>9} {'waiting':>8}"
+          f" {'1 M samples':>11}")  # fmt: skip
     for name in ("caption", "instruction"):
         for world in WORLDS:
             for kind in ("naive", "samples", "packed"):
@@ -91,7 +93,8 @@ def main() -> None:
                     row["seconds_per_million"] = round(planning_seconds(million), 1)
                     seconds = f"{row['seconds_per_million']} s"
                 rows.append(row)
-                print(f"{name:12} {world:5} {kind:8} {found.micro_batches:13.2f} {found.fill:9.3%}"
+                print(f"{name:12} {world:5} {kind:8} {found.micro_batches:13.2f}"
+                      f" {found.fewest_micro_batches:6.2f} {found.fill:9.3%}"
                       f" {found.token_use:7.1%} {found.patch_use:7.1%} {found.balance:9.2%}"
                       f" {found.waiting:8.2%} {seconds:>11}")  # fmt: skip
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -193,9 +193,12 @@ def fuzz(folder, seed):
     file, ours = write_fuzz(folder, seed), processor(max_length=500, fps_max_frames=8)
     (source,) = open_sources([str(file)], media_root=folder)
     found = [
-        [outcome(source, chunk, n, ours) for n in range(len(chunk.rows))]
+        [
+            outcome(source, chunk, n, ours)
+            for chunk in source.chunks()
+            for n in range(len(chunk.rows))
+        ]
         for _ in range(2)
-        for chunk in source.chunks()
     ]
     assert found[0] == found[1], "a row is now good and now bad"
     assert found[0][0] == found[0][-1] == "good"

@@ -223,7 +223,7 @@ def test_a_png_is_measured_as_it_is_decoded_wherever_its_orientation_stands(told
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(BadImage, match="pipe is not an image that can be read .a pipe, a socket"):
+    with pytest.raises(BadImage, match=r"pipe is not an image that can be read \(a pipe, a socket"):
         open_image(tmp_path / "pipe")
-    with pytest.raises(BadVideo, match="pipe cannot be opened .a pipe, a socket"):
+    with pytest.raises(BadVideo, match=r"pipe cannot be opened \(a pipe, a socket"):
         video_info(tmp_path / "pipe", 2.0)

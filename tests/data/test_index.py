@@ -149,6 +149,12 @@ def test_reasons_that_differ_in_numbers_are_one(tmp_path):
     assert "2 x a:81: has 81 tokens" in index_report(index, bad)
 
 
+def test_a_report_of_files_whose_names_are_no_utf_8_can_be_printed(tmp_path):
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/d\xff.jsonl")
+    index, bad = index_of([write_jsonl(Path(name), [row("hi"), b"{"])], processor())
+    assert "d\\udcff" in index_report(index, bad).encode().decode()
+
+
 def test_the_command_prints_the_report_and_caches(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("GRAFTVL_CACHE", str(tmp_path / "cache"))
     data = [str(write_mixed(tmp_path)), "--model", str(GOLDEN / "model")]

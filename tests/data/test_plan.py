@@ -123,6 +123,9 @@ def test_a_report_by_hand():
     assert sorted(map(sorted, plan.ranks(Position(0, 0)))) == [[[], [0]], [[1], [2]]]
     figures = report(plan)
     assert (figures.samples, figures.steps, figures.micro_batches) == (3, 1, 2)
+    # 150 tokens in two budgets of 60 are more than one micro-batch a rank
+    assert figures.fewest_micro_batches == 2
+    assert report(replace(plan, budget=Budget(tokens=75, patches=200))).fewest_micro_batches == 1
     assert figures.samples_per_micro_batch == 0.75
     # an empty micro-batch is one token; three of four have a dummy image of four patches
     assert figures.fill == pytest.approx(250 / (250 + 1 + 3 * 4))

@@ -15,7 +15,6 @@ from tests.data.samples import GOLDEN, processor, row
 from tests.data.videos import CLIPS, HAS_VLLM, LIMITS, UNUSUAL, ask, write_clips
 from vlm.data.formats import parse_row
 from vlm.data.formats.context import RowContext
-from vlm.data.schema import BadSample
 from vlm.data.video import VideoInfo, sample_indices, seconds_per_grid
 from vlm.hf_config import read_config
 from vlm.rope import mrope_positions
@@ -45,9 +44,7 @@ def same_as(witness: dict, folder: Path, name: str) -> None:
     for number, (fps, most) in enumerate(LIMITS):
         ours = processor(fps=fps, fps_max_frames=most)
         sample = parse_row(row("<video>what?", videos=[name]), "data.jsonl:1", RowContext(folder))
-        if name == "holed.avi":  # its header knows nothing of the hole: no run learns from it
-            with pytest.raises(BadSample, match="fewer frames can be decoded than its header"):
-                ours.encode(sample)
+        if name == "holed.avi":  # its header knows nothing of the hole: it is not learnt from
             example = ours.prompt(replace(sample, messages=sample.messages[:1]))
         else:
             example = ours.encode(sample)

@@ -1,6 +1,7 @@
 """The miniature's data, figures and report, small."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from examples.digits.score import chance, exact_match, read_rows, top1_agreement
 from tests.tiny import write_llm_donor, write_vision_donor
 from vlm.graft.options import BuildOptions
 from vlm.graft.stream import build
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +147,23 @@ def test_the_variants_stand_beside_each_other():
     lines = variants_table(variants).splitlines()
     assert {line.count("|") for line in lines} == {9}
     assert lines[2].startswith("| exact | 88.2 %") and lines[3].endswith("| 3.5000 | 4.7 % |")
+
+
+def test_the_figures_in_the_guides_are_those_of_the_recorded_run():
+    record = json.loads((ROOT / "bench/results/miniature.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for stage, name in (("graft", "graft"), ("stage1", "stage 1"), ("stage2", "stage 2")):
+        whole, inverted = record["exact_match"][stage], record["by_inverted"][stage]["True"]
+        row = f"| {name} | {whole:.1f} % | {inverted:.1f} % | {record['loss'][stage]:.3f} |"
+        assert row in readme
+        assert f"{record['benchmark'][stage]['evalscope']:.1f} %" in readme
+    guide = (ROOT / "docs/graft.md").read_text(encoding="utf-8")
+    exact, literal = (record["variants"][name] for name in ("exact", "literal"))
+    for stage in ("stage1", "stage2"):
+        told = [
+            f"{variant[stage]['exact_match']:.1f} %, {variant[stage]['text_loss']:.4f}"
+            for variant in (exact, literal)
+        ]
+        assert f"| {told[0]} | {told[1]} |" in guide
+    agreement = [variant["top1_agreement"] for variant in (exact, literal)]
+    assert f"| {agreement[0]:.0f} % | {agreement[1]:.1f} % |" in guide

@@ -94,6 +94,14 @@ def test_a_resumed_log_forgets_what_is_done_again(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [4, 5]
 
 
+def test_a_log_holds_the_name_of_any_file(tmp_path):
+    log = Log(tmp_path / "log.jsonl", 0, 10, enabled=True)
+    log.write("skipped", 1, samples=["\udcff.jsonl:1", "x\x85y.jsonl:1"])
+    log.close()
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert json.loads(line)["samples"] == ["\udcff.jsonl:1", "x\x85y.jsonl:1"]
+
+
 def test_only_the_first_rank_writes(tmp_path):
     log = Log(tmp_path / "log.jsonl", 0, 10, enabled=False)
     log.write("train", 1)

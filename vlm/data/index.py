@@ -203,7 +203,11 @@ def _measured(
             for row, (raw, place) in enumerate(zip(chunk.rows, chunk.places, strict=True))
             if stamps.get(row) != 0
         ]:
-            future = executor.submit(measure_rows, number, rows)
+            try:
+                future = executor.submit(measure_rows, number, rows)
+            except BrokenProcessPool as error:  # told in its turn, behind the chunk that broke it
+                future = Future()
+                future.set_exception(error)
         else:
             future = Future()
             future.set_result(({}, {}, {}))

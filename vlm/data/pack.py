@@ -60,13 +60,18 @@ def arrange(
     sizes[(sizes > limits).any(axis=1)] = limits
     largest = float(np.max(costs, initial=0)) or 1.0
     work = np.rint(np.asarray(costs) * (WHOLE / largest)).astype(np.int64)
-    count = max(1, int((-(-sizes.sum(axis=0) // (limits * world))).max()))
+    count = fewest(sizes, limits, world)
     while True:
         bins = _longest_first(work, sizes, limits, world, count)
         bins = bins or _best_fit(sizes, limits, world * count)
         if bins:
             return _onto_ranks(_level(bins, work, sizes, limits, world), work, world)
         count += 1
+
+
+def fewest(sizes: np.ndarray, limits: np.ndarray, world: int) -> int:
+    """Micro-batches a rank below which samples of `sizes` (n, k) cannot go; 1 without any."""
+    return max(1, int((-(-sizes.sum(axis=0) // (limits * world))).max()))
 
 
 def _longest_first(work, sizes, limits, world: int, count: int) -> list[list[int]] | None:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from vlm.data.pack import fewest
 from vlm.data.plan import Plan, Position
 
 DUMMY_PATCHES = 4
@@ -22,6 +23,8 @@ class PlanReport:
     """Steps that the figures below are from."""
     micro_batches: float
     """Per step and rank."""
+    fewest_micro_batches: float
+    """The same where budgets could be filled to the brim: no plan has less."""
     samples_per_micro_batch: float
     skipped: float
     """Share of samples that are left out, since they train nothing."""
@@ -40,7 +43,8 @@ class PlanReport:
         """For the banner."""
         return (
             f"plan: {self.steps:,} steps an epoch of {self.samples:,} samples; a step has "
-            f"{self.micro_batches:.2f} micro-batches a rank of {self.samples_per_micro_batch:.1f} "
+            f"{self.micro_batches:.2f} micro-batches a rank (of at "
+            f"least {self.fewest_micro_batches:.2f}) of {self.samples_per_micro_batch:.1f} "
             f"samples; fill {self.fill:.2%}, tokens {self.token_use:.1%} and patches "
             f"{self.patch_use:.1%} of their budgets; ranks' balance {self.balance:.2%}, waiting "
             f"{self.waiting:.2%}" + (f"; {self.skipped:.1%} skipped" if self.skipped else "")
@@ -62,7 +66,9 @@ def report(plan: Plan, most_steps: int | None = None, epoch: int = 0) -> PlanRep
 
 def summarise(plan: Plan, steps: Sequence[list[list[list[int]]]]) -> PlanReport:
     """The figures of some arranged steps: each [rank][micro-batch][sample]."""
-    bins = kept = tokens = patches = dummies = 0
+    budget = plan.budget
+    limits = np.array([budget.tokens, budget.patches])
+    bins = least = kept = tokens = patches = dummies = 0
     mean = slowest_rank = slowest_bin = 0.0
     for ranks in steps:
         shape = len(ranks), len(ranks[0])
@@ -72,6 +78,9 @@ def summarise(plan: Plan, steps: Sequence[list[list[list[int]]]]) -> PlanReport:
         costs = np.bincount(owner, plan.costs[numbers], len(sizes)).reshape(shape)
         images = np.bincount(owner, plan.patches[numbers], len(sizes))
         bins += len(sizes)
+        needs = np.stack([plan.lengths[numbers], plan.patches[numbers]], axis=1)
+        needs[(needs > limits).any(axis=1)] = limits  # such a sample goes alone
+        least += fewest(needs, limits, shape[0])
         kept += len(numbers)
         tokens += int(plan.lengths[numbers].sum())
         patches += int(plan.patches[numbers].sum())
@@ -79,7 +88,6 @@ def summarise(plan: Plan, steps: Sequence[list[list[list[int]]]]) -> PlanReport:
         mean += costs.sum() / shape[0]
         slowest_rank += costs.sum(axis=1).max()
         slowest_bin += costs.max(axis=0).sum()
-    budget = plan.budget
     total = plan.epoch_samples
     share = len(steps) / plan.steps_per_epoch
     return PlanReport(
@@ -87,6 +95,7 @@ def summarise(plan: Plan, steps: Sequence[list[list[list[int]]]]) -> PlanReport:
         steps=plan.steps_per_epoch,
         steps_seen=len(steps),
         micro_batches=bins / len(steps) / plan.world,
+        fewest_micro_batches=least / len(steps),
         samples_per_micro_batch=kept / bins,
         skipped=_skipped_share(plan) if share < 1 else 1 - kept / total,
         fill=(tokens + patches) / (tokens + patches + dummies),
