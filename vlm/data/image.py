@@ -153,25 +153,18 @@ def patchify(pixels: Tensor, config: VisionConfig) -> Tensor:
     side, merge, depth = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
     frames = pixels.reshape(-1, *pixels.shape[-3:])
     count, height, width, channels = frames.shape
-    # Planes, as `resize` leaves them, two levels at a time where that goes: twice as fast.
-    word = torch.uint8 if side % 2 else torch.int16
-    planes = frames.permute(0, 3, 1, 2).contiguous().view(word)
-    grid = (
-        height // side // merge,
-        merge,
-        side,
-        width // side // merge,
-        merge,
-        side // word.itemsize,
-    )
-    patches = planes.view(count, channels, *grid).permute(0, 2, 5, 3, 6, 1, 4, 7)
-    patches = patches.reshape(count, -1, channels, side * grid[-1])  # each frame's, in order
-    out = patches.new_empty(-(-count // depth), *patches.shape[1:3], depth, patches.shape[3])
+    grid = (height // side // merge, merge, side, width // side // merge, merge)
+    # planes, as `resize` leaves them; a row of a patch is copied as one value of `side` bytes
+    planes = frames.permute(0, 3, 1, 2).contiguous().numpy().view(f"V{side}")
+    rows = planes.reshape(count, channels, *grid).transpose(0, 2, 5, 3, 6, 1, 4)
+    patches = np.ascontiguousarray(rows).reshape(count, -1, channels, side).view(np.uint8)
+    patches = torch.from_numpy(patches)  # (count, patches of a frame, channels, side * side)
+    out = patches.new_empty(-(-count // depth), *patches.shape[1:3], depth, side * side)
     for slot in range(depth):
         given = patches[slot::depth]
         out[: len(given), :, :, slot] = given
         out[len(given) :, :, :, slot] = patches[-1]
-    return out.view(-1, channels * depth * side * grid[-1]).view(torch.uint8)
+    return out.view(-1, channels * depth * side * side)
 
 
 def check_regular(source: Media) -> None:
