@@ -3,6 +3,8 @@
 Flags keep the recipe's names. An unknown or mistyped key is an error, never ignored.
 """
 
+import re
+import sys
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -192,6 +194,7 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
     parser.add_class_arguments(TrainConfig, skip={"dataset"})
     try:
         parser.set_defaults(environment_limits())
+        _check_files(sys.argv[1:] if arguments is None else arguments)
         options = parser.parse_args(arguments).as_dict()
     except ArgumentError as error:
         raise UsageError(_explain(error)) from None
@@ -201,11 +204,37 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
     return TrainConfig(**options)
 
 
+def _check_files(arguments: list[str]) -> None:
+    """UsageError that names a `--config` file which is not what the parser expects."""
+    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    paths = [after for flag, after in pairs if flag == "--config"]
+    paths += [flag.partition("=")[2] for flag in arguments if flag.startswith("--config=")]
+    for path in paths:
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(f"--config {path} cannot be read: {error.strerror}") from None
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split()).replace('in "<unicode string>", ', "")
+            raise UsageError(f"--config {path} is not YAML: {reason}") from None
+        if not isinstance(content, dict):
+            raise UsageError(f"--config {path} holds no options; write `name: value` lines")
+        data = content.get("dataset", [])
+        if not isinstance(data, list) or not all(isinstance(d, str | dict) for d in data):
+            raise UsageError(
+                f"--config {path}: dataset is to be a list, a line `- PATH` or `- path: PATH` for "
+                "each source"
+            )
+
+
 def _explain(error: ArgumentError) -> str:
     """jsonargparse's message on one line, with the nearest option for an unknown one."""
     message = " ".join(str(error).split())
     names = list(TrainConfig.__dataclass_fields__)
-    for word in message.replace("'", " ").replace("=", " ").replace(":", " ").split():
+    words = re.findall(r"[\w-]+", message)
+    if any(word in names for word in words):  # it is known, and has a wrong value
+        return message
+    for word in words:
         near = get_close_matches(word.lstrip("-"), names, 1, 0.75)
         if near and word.lstrip("-") not in names:
             return f"{message} (did you mean {near[0]}?)"

@@ -22,6 +22,8 @@ def introduction(
     in_force = [option for option, value in defaults if getattr(config, option) == value]
     set_by = {v: o for v, o in ENVIRONMENT.items() if o in in_force}
     verb = "resuming" if progress.step else "starting"
+    if progress.step >= total_steps:
+        verb = "finished, nothing is left to train:"
     samples = "streamed samples" if config.streaming else f"{good} samples ({bad} bad)"
     return (
         f"{verb} at step {progress.step} of {total_steps}: "

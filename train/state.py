@@ -75,6 +75,10 @@ class Run:
             raise UsageError(f"{self.dir} is not seen by every rank; it must lie on shared storage")
 
     def _create(self) -> None:
+        if (self.dir / "config.json").exists():
+            raise UsageError(
+                f"output_dir {self.dir} is a model's directory; give the run one of its own"
+            )
         try:
             self.dir.mkdir(parents=True, exist_ok=True)
             for torn in self.dir.glob("checkpoint-*.partial"):

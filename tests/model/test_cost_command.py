@@ -112,7 +112,7 @@ def test_the_doc_states_the_convention_and_what_the_units_are():
 
 
 def test_the_commands_of_the_doc_run(tmp_path, monkeypatch, capsys):
-    write_hybrid(tmp_path / "hybrid")
+    write_hybrid(tmp_path / "models/graft-8b")
     (lengths,) = blocks(DOC, "json")
     (tmp_path / "sizes.jsonl").write_text(lengths)
     monkeypatch.chdir(tmp_path)

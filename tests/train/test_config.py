@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import train.sft
+from tests.tiny import write_hybrid
 from tests.train.runs import OPTIONS, ROOT, command, environment
 from train.config import TrainConfig, UsageError, parse
 from train.engine import deepspeed_config
@@ -140,3 +141,36 @@ def test_zero_accumulates_and_communicates_in_float32(dtype):
     assert settings["managed_gradient_accumulation"] is False
     assert ("bf16" in settings) == (dtype == "bfloat16")
     assert str(ROOT) not in json.dumps(settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("dataset: a.jsonl\n", "run.yaml: dataset is to be a list"),
+        ("dataset:\n  path: a.jsonl\n", "run.yaml: dataset is to be a list"),
+        ("- 1\n", "run.yaml holds no options"),
+        ("a: b: c\n", "run.yaml is not YAML"),
+    ],
+)
+def test_a_config_file_that_cannot_be_meant_is_named(tmp_path, text, says):
+    file = tmp_path / "run.yaml"
+    file.write_text(text, encoding="utf-8")
+    for flags in (["--config", str(file)], [f"--config={file}"]):
+        with pytest.raises(UsageError) as error:
+            parse([*flags, "--model", "m", "--output_dir", "o"])
+        assert says in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(UsageError, match=r"none\.yaml cannot be read"):
+        parse(["--config", "none.yaml"])
+
+
+def test_a_wrong_value_suggests_no_other_name(tmp_path):
+    with pytest.raises(UsageError) as error:
+        parse(["--model", "m", "--dataset", "d", "--output_dir", "o", "--learning_rate", "abc"])
+    assert "learning_rate" in str(error.value) and "did you mean" not in str(error.value)
+
+
+def test_a_models_own_directory_is_no_run(monkeypatch, capsys, setting, tmp_path):
+    folder = write_hybrid(tmp_path / "itself")
+    code, lines = run_main(monkeypatch, capsys, setting, folder)
+    assert code == 2 and "is a model's directory" in lines[-1]
+    assert not (folder / "config.yaml").exists()

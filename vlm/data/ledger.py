@@ -70,6 +70,8 @@ class Ledger:
             samples: all samples of the data, good and bad.
         """
         bad = len(self.entries)
+        later = any(entry.found != "index" for entry in self.entries.values())
+        advice = "; remove it once they are mended" if later else ""
         if self.first and self.strict:
             raise TooManyBadSamples(
                 f"{self.first.id}: {self.first.reason}; on_bad is error, so the run stops; "
@@ -82,5 +84,5 @@ class Ledger:
             raise TooManyBadSamples(
                 f"{bad} of {samples} samples are bad ({found}), more than max_bad_fraction "
                 f"{max_bad_fraction:g} allows; the first: {first.id}: {first.reason}; all are "
-                f"in {self.path}; remove it once they are mended"
+                f"in {self.path}{advice}"
             )

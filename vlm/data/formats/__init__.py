@@ -20,6 +20,10 @@ def parse_line(line: str | bytes, sample_id: str, context: RowContext) -> Sample
     """A Sample from one line of JSON; BadSample says what is wrong with it."""
     try:
         row = json.loads(line)
+    except json.JSONDecodeError as error:
+        # a line number in it would be of the row, beside the file's own
+        where = f"{error.msg} at character {error.pos + 1}"
+        raise BadSample(sample_id, f"not a line of JSON ({where})") from None
     except (ValueError, RecursionError) as error:
         raise BadSample(sample_id, f"not a line of JSON ({error!s:.200})") from None
     return parse_row(row, sample_id, context)
