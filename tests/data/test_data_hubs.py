@@ -5,14 +5,15 @@ import json
 import os
 import subprocess
 import sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
 from tests.data.samples import row, write_image, write_jsonl
+from tests.fake_hub import FakeHub
+from tests.http_server import serving_http
 
 pytest.importorskip("datasets")
 ROOT = Path(__file__).parents[2]
@@ -99,31 +100,15 @@ def hub(tmp_path):
     rows = [row("<image>what?", images=["images/a.png"]), row("<image>", images=["../../x.png"])]
     write_jsonl(folder / "train.jsonl", rows)
     write_jsonl(folder / "test.jsonl", rows[:1])
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*.*")}
-    server.files = {name: path.read_bytes() for name, path in files.items()}
-    server.asked = []
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    thread = Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving_http(Handler) as server:
+        server.files = {name: path.read_bytes() for name, path in files.items()}
+        yield server
 
 
 def opened(server, tmp_path, *asked, **variables):
     """What a process of its own finds (rows) or says (an error) of each (spec, options)."""
-    environment = {
-        "HF_ENDPOINT": server.url,
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_OFFLINE": "0",
-        "MODELSCOPE_ENDPOINT": server.url,
-        "MODELSCOPE_CACHE": str(tmp_path / "ms"),
-        "MODELSCOPE_HOME": str(tmp_path / "ms_home"),
-        "MODELSCOPE_DOWNLOAD_MAX_RETRIES": "0",
-        "no_proxy": "127.0.0.1",
-    }
+    environment = FakeHub(server.url).environment(tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(asked)],
         cwd=ROOT,

@@ -1,11 +1,11 @@
 """Media given as URLs: refused, or fetched once from a server on this machine."""
 
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
 
 import pytest
 
+from tests.http_server import serving_http
 from vlm.data.formats import download
 from vlm.data.formats.context import RowContext
 from vlm.data.formats.media_source import find_media
@@ -35,15 +35,8 @@ class Handler(BaseHTTPRequestHandler):
 def server(tmp_path, monkeypatch):
     monkeypatch.setenv("GRAFTVL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked = []
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    thread = Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving_http(Handler) as server:
+        yield server
 
 
 def find(url, allow_urls=True, media_root=None):

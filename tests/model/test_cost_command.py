@@ -38,14 +38,6 @@ TINY = parse_config(hybrid_config())
 DESCRIBED = ["--tokens", "2000", "--targets", "100"]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    """A directory without weights: none are needed."""
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "config.json").write_text(json.dumps(hybrid_config()))
-    return str(folder)
-
-
 # ---- docs/cost.md
 
 

@@ -1,31 +1,17 @@
 """`python -m vlm.cost`: bad input is one sentence, and the largest that is good still counts."""
 
-import json
 import re
 
 import pytest
 
 from tests.model.full_size import EIGHT_BILLION
-from tests.tiny import hybrid_config
+from tests.model.test_cost_command import DESCRIBED, TINY
 from vlm.cost import PARTS, sample_flops
 from vlm.cost.__main__ import main
 from vlm.cost.memory import decoder_layer
 from vlm.cost.report import Setup, make_report
 from vlm.cost.samples import LARGEST, CostError, one_sample, read_samples
 from vlm.data.limits import Limits
-from vlm.hf_config import parse_config
-
-TINY = parse_config(hybrid_config())
-DESCRIBED = ["--tokens", "2000", "--targets", "100"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    """A directory without weights: none are needed."""
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "config.json").write_text(json.dumps(hybrid_config()))
-    return str(folder)
-
 
 GOOD = '{"length": 40, "targets": 3}\n'
 BAD_LINES = {

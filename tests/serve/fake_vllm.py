@@ -1,4 +1,4 @@
-"""Stands in for the command `vllm` in test_launch.py: starts at once, and misbehaves on demand.
+"""Stands in for the command `vllm` in tests/serve/launch: starts at once, and misbehaves on demand.
 
 Like the real one it answers /health and has an engine process of its own; unlike it, it leaves the
 engine behind when it ends. FAKE_VLLM says how else it behaves, FAKE_RECORD where it writes down

@@ -1,5 +1,6 @@
 """The processes of a group, and launchers as their users start them."""
 
+import json
 import os
 import signal
 import socket
@@ -103,3 +104,11 @@ class Launcher:
         pid = self.process.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         return os.getpgid(int(children[0]))
+
+
+def group_of(record: Path) -> int:
+    assert wait_until(record.exists)
+    return json.loads(record.read_text())["group"]
+
+
+# --- the command ---------------------------------------------------------------------------------

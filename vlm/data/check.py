@@ -27,15 +27,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from vlm.checkpoint import CheckpointError
 from vlm.data.ledger import Entry
-from vlm.data.options import data_parser, open_data
+from vlm.data.options import data_parser, exit_code, open_data
 from vlm.data.out_file import check_out, written
 from vlm.data.processor import IGNORED, Processor
 from vlm.data.prove import prove
 from vlm.data.schema import BadSample, Sample, printable
 from vlm.data.sources import Chunk, DataError, Source
-from vlm.hf_config import ConfigError
 from vlm.hub import resolve_model
 
 CHANGING = re.compile(r"'[^']*'|\"[^\"]*\"|\S*[/\\]\S*|\S+\.\w{2,4}\b|\d[\d.,]*")
@@ -228,34 +226,31 @@ def parse_arguments(arguments: Iterable[str] | None = None) -> argparse.Namespac
     return options
 
 
-def main(arguments: Iterable[str] | None = None) -> int:
-    try:
-        options = parse_arguments(arguments)
-        if options.json:
-            check_out("json", options.json)
-        sources, processor = open_data(options)
-        tallies = check(sources, processor, options.workers)
-        show(table(sources, tallies, options.max_length))
-        found = as_json(sources, tallies)
-        complaint = too_many(tallies, options.max_bad_fraction)
-        if options.prove_packing is not None:
-            model = resolve_model(options.model, options.hub)
-            proof = prove(sources, processor, model, options.prove_packing)
-            show("\n" + proof.table())
-            found["packing"] = proof.as_json()
-            complaint = complaint or (None if proof.holds else "packing does not hold")
-        if options.json:
-            with written(options.json) as file:
-                json.dump(found, file, indent=1)
-    except (ConfigError, CheckpointError, DataError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+def check_and_tell(arguments: Iterable[str] | None) -> int:
+    options = parse_arguments(arguments)
+    if options.json:
+        check_out("json", options.json)
+    sources, processor = open_data(options)
+    tallies = check(sources, processor, options.workers)
+    show(table(sources, tallies, options.max_length))
+    found = as_json(sources, tallies)
+    complaint = too_many(tallies, options.max_bad_fraction)
+    if options.prove_packing is not None:
+        model = resolve_model(options.model, options.hub)
+        proof = prove(sources, processor, model, options.prove_packing)
+        show("\n" + proof.table())
+        found["packing"] = proof.as_json()
+        complaint = complaint or (None if proof.holds else "packing does not hold")
+    if options.json:
+        with written(options.json) as file:
+            json.dump(found, file, indent=1)
     if complaint:
         print(f"error: {complaint}", file=sys.stderr)
     return 1 if complaint else 0
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    return exit_code(lambda: check_and_tell(arguments), "interrupted")
 
 
 def too_many(tallies: list[Tally], max_bad_fraction: float) -> str | None:

@@ -19,13 +19,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vlm.checkpoint import CheckpointError
-from vlm.data.options import data_parser, open_data, rows_of
+from vlm.data.options import data_parser, exit_code, open_data, rows_of
 from vlm.data.out_file import check_out, written
 from vlm.data.processor import IGNORED, Example, Processor
 from vlm.data.schema import BadSample, Sample, printable
-from vlm.data.sources import DataError, Source
-from vlm.hf_config import ConfigError
+from vlm.data.sources import Source
 from vlm.vision import normalise
 
 
@@ -100,26 +98,23 @@ def parse_arguments(arguments: Iterable[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def main(arguments: Iterable[str] | None = None) -> int:
-    torch.set_num_threads(1)
+def write_encoded(arguments: Iterable[str] | None) -> int:
+    options = parse_arguments(arguments)
+    check_out("out", options.out)
+    lines = encoded(*open_data(options), options.prompt)
     good = bad = 0
-    try:
-        options = parse_arguments(arguments)
-        check_out("out", options.out)
-        lines = encoded(*open_data(options), options.prompt)
-        with written(options.out) as file:
-            for line in tqdm(lines, desc="encode", unit=" samples", disable=None):
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                bad += "error" in line
-                good += "error" not in line
-    except (ConfigError, CheckpointError, DataError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    with written(options.out) as file:
+        for line in tqdm(lines, desc="encode", unit=" samples", disable=None):
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            bad += "error" in line
+            good += "error" not in line
     print(printable(f"{good} samples encoded, {bad} bad; wrote {options.out}"))
     return 0
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    torch.set_num_threads(1)
+    return exit_code(lambda: write_encoded(arguments), "interrupted; nothing was written")
 
 
 if __name__ == "__main__":

@@ -22,19 +22,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vlm.checkpoint import CheckpointError
 from vlm.config import VLMConfig
 from vlm.cost import sample_flops_array
 from vlm.data.index_cache import IndexCache, Measures, default_cache_dir, processor_fingerprint
 from vlm.data.index_report import index_report
 from vlm.data.index_work import Result, measure_rows, open_executor
 from vlm.data.ledger import Entry
-from vlm.data.options import data_parser, open_data
+from vlm.data.options import data_parser, exit_code, open_data
 from vlm.data.processor import Processor
 from vlm.data.schema import Sample
 from vlm.data.sources import Chunk, DataError, Place, Source
 from vlm.data.watch import DataWorkerError
-from vlm.hf_config import ConfigError
 
 
 @dataclass(frozen=True)
@@ -226,24 +224,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
+def measure_and_tell(arguments: Sequence[str] | None) -> int:
+    options = parse_arguments(arguments)
+    sources, processor = open_data(options)
+    workers, folder = options.dataset_num_proc, default_cache_dir()
+    print(index_report(*build_index(sources, processor, workers, folder, options.rebuild)))
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
-    try:
-        options = parse_arguments(arguments)
-        sources, processor = open_data(options)
-        workers, folder = options.dataset_num_proc, default_cache_dir()
-        index, bad = build_index(sources, processor, workers, folder, options.rebuild)
-    except (ConfigError, CheckpointError, DataError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except DataWorkerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; what was measured is in the cache", file=sys.stderr)
-        return 130
-    print(index_report(index, bad))
-    return 0
+    interrupted = "interrupted; what was measured is in the cache"
+    return exit_code(lambda: measure_and_tell(arguments), interrupted)
 
 
 if __name__ == "__main__":

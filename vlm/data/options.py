@@ -1,14 +1,18 @@
 """What the commands of `vlm.data` are told: the data, the model that it is for, and limits."""
 
 import argparse
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import get_args
 
+from vlm.checkpoint import CheckpointError
 from vlm.data.chat import Think
 from vlm.data.limits import Limits, environment_limits
 from vlm.data.processor import Processor, Truncation
-from vlm.data.sources import Place, Source, open_sources
+from vlm.data.sources import DataError, Place, Source, open_sources
+from vlm.data.watch import DataWorkerError
+from vlm.hf_config import ConfigError
 from vlm.hub import add_hub_argument, resolve_model
 
 
@@ -63,6 +67,25 @@ def open_data(options: argparse.Namespace) -> tuple[tuple[Source, ...], Processo
         allow_urls=options.allow_urls,
     )
     return sources, processor
+
+
+def exit_code(work: Callable[[], int], interrupted: str) -> int:
+    """Run a command: the exit code that `work` returns, or that of what it was stopped by.
+
+    2 for a mistake in what was asked for, 1 for a data worker that died, 130 for Ctrl-C; each is
+    told in one sentence, the last in the one given.
+    """
+    try:
+        return work()
+    except (ConfigError, CheckpointError, DataError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except DataWorkerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
 
 
 def rows_of(sources: tuple[Source, ...]) -> Iterator[tuple[Source, object, Place]]:

@@ -15,21 +15,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlm.checkpoint import CheckpointError
 from vlm.config import VisionConfig, VLMConfig
 from vlm.cost import PARTS
 from vlm.data.index import Index, build_index
 from vlm.data.index_cache import default_cache_dir
 from vlm.data.ledger import Entry
-from vlm.data.options import data_parser, open_data
+from vlm.data.options import data_parser, exit_code, open_data
 from vlm.data.out_file import check_out, written
 from vlm.data.pack import Budget, arrange
 from vlm.data.processor import IGNORED, Example, Processor
 from vlm.data.schema import BadSample, printable
-from vlm.data.sources import DataError, Source
+from vlm.data.sources import Source
 from vlm.data.view_page import Piece, View, render_page
-from vlm.data.watch import DataWorkerError
-from vlm.hf_config import ConfigError
 
 COUNTS = (
     "samples",
@@ -160,28 +157,22 @@ def parse_arguments(arguments: Iterable[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def main(arguments: Iterable[str] | None = None) -> int:
-    torch.set_num_threads(1)
-    try:
-        options = parse_arguments(arguments)
-        check_out("out", options.out)
-        for name in COUNTS:
-            if (count := getattr(options, name)) < 1:
-                raise ValueError(f"{name} is {count}; it must be above 0")
-        view = look(*open_data(options), options)
-        with written(options.out) as file:
-            file.write(render_page(view))
-    except (ConfigError, CheckpointError, DataError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except DataWorkerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+def write_page(arguments: Iterable[str] | None) -> int:
+    options = parse_arguments(arguments)
+    check_out("out", options.out)
+    for name in COUNTS:
+        if (count := getattr(options, name)) < 1:
+            raise ValueError(f"{name} is {count}; it must be above 0")
+    view = look(*open_data(options), options)
+    with written(options.out) as file:
+        file.write(render_page(view))
     print(printable(f"{len(view.index)} good samples, {len(view.bad)} bad; wrote {options.out}"))
     return 0
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    torch.set_num_threads(1)
+    return exit_code(lambda: write_page(arguments), "interrupted; nothing was written")
 
 
 if __name__ == "__main__":

@@ -1,30 +1,29 @@
-"""The command that serves, what is refused before it starts, and that nothing outlives it.
+"""The command that serves, and what is refused before it starts.
 
 Processes are real ones; `vllm` is tests/serve/fake_vllm.py. The real one is in
-test_launch_vllm.py.
+tests/serve/test_launch_vllm.py.
 """
 
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
 import serve.launch
-from serve.launch import ServerError, main, running_server
+from serve.launch import main
 from serve.preflight import GIB, check_gpus
 from serve.serve_config import ServeConfig, parse, vllm_command
 from serve.usage import UsageError
 from serve.vllm_env import vllm_environment
-from tests.serve.processes import ROOT, Launcher, command_lines, free_port, living, wait_until
-from tests.tiny import write_hybrid, write_llm_donor
+from tests.serve.processes import ROOT
+from tests.tiny import write_llm_donor
 from vlm.data.limits import Limits
 from vlm.hf_config import read_config
 
@@ -43,53 +42,6 @@ RECIPE = [
     *("--mm-processor-cache-gb", "0"),
     *("--override-generation-config", '{"max_new_tokens":2048}'),
 ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A directory with everything that an export has and the launcher looks at."""
-    folder = write_hybrid(tmp_path_factory.mktemp("launch") / "model")
-    shutil.copyfile(folder / "preprocessor_config.json", folder / "video_preprocessor_config.json")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def fake_vllm(tmp_path, monkeypatch):
-    """`vllm` on the PATH; returns where it writes down what it was given."""
-    command = tmp_path / "bin" / "vllm"
-    command.parent.mkdir()
-    source = Path(__file__).with_name("fake_vllm.py").read_text()
-    command.write_text(f"#!{sys.executable}\n{source}")
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
-    monkeypatch.setenv("FAKE_RECORD", str(tmp_path / "record.json"))
-    for variable in ("MAX_PIXELS", "VIDEO_MAX_PIXELS", "FPS_MAX_FRAMES", "VLLM_API_KEY"):
-        monkeypatch.delenv(variable, raising=False)
-    return tmp_path / "record.json"
-
-
-@pytest.fixture
-def launch(model, tmp_path):
-    """Starts launchers of the model on free ports; what a failed test leaves is killed."""
-    started = []
-
-    def start(*options: object, **variables: str) -> Launcher:
-        options = (model, "--port", free_port(), *options)
-        started.append(Launcher(tmp_path / "out", *options, **variables))
-        return started[-1]
-
-    yield start
-    for launcher in started:
-        launcher.process.kill()
-        launcher.process.wait()
-
-
-def group_of(record: Path) -> int:
-    assert wait_until(record.exists)
-    return json.loads(record.read_text())["group"]
-
-
-# --- the command ---------------------------------------------------------------------------------
 
 
 def test_the_defaults_are_the_recipes_limits():
@@ -346,93 +298,3 @@ def test_no_vllm(model, tmp_path, monkeypatch, capsys):
 
 
 # --- processes -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_everything(launch, fake_vllm, number):
-    key = f"secret-{os.urandom(8).hex()}"
-    launcher = launch("--api_key", key, "--", "--seed", "3", MAX_PIXELS="200704")
-    launcher.until("serving Qwen3-VL at http://127.0.0.1:")
-    given = json.loads(fake_vllm.read_text())
-    assert living(given["group"]) and given["key"] == key
-    assert key not in command_lines()
-    assert launcher.send(number) == 0
-    assert not living(given["group"])
-    said = launcher.output.read_text()
-    assert key not in said and "fake vLLM: loading" in said
-    assert "max_pixels 200704 (MAX_PIXELS=200704)" in said
-    shown = next(line for line in said.splitlines() if "vllm serve" in line)
-    assert shown.endswith("--seed 3")
-    pasted = subprocess.check_output(["sh", "-c", f"printf '%s\\n' {shown}"], text=True)
-    assert pasted.splitlines()[-len(given["arguments"]) :] == given["arguments"]
-
-
-def test_one_that_does_not_heed_sigterm_is_killed(launch, fake_vllm):
-    launcher = launch("--stop_timeout", 0.5, FAKE_VLLM="stubborn")
-    launcher.until("serving")
-    assert launcher.send(signal.SIGTERM) == 0
-    assert not living(group_of(fake_vllm))
-
-
-def test_a_signal_while_it_loads(launch, fake_vllm):
-    launcher = launch(FAKE_VLLM="hangs")
-    group = group_of(fake_vllm)
-    assert launcher.send(signal.SIGINT) == 0
-    assert not living(group) and not launcher.said("Traceback")
-
-
-def test_kill_9_takes_vllm_along(launch, fake_vllm):
-    launcher = launch()
-    launcher.until("serving")
-    group = group_of(fake_vllm)
-    assert launcher.send(signal.SIGKILL) == -signal.SIGKILL
-    assert wait_until(lambda: not living(group)), living(group)
-
-
-def test_without_its_guard_the_server_lasts_and_stops_as_ever(launch, fake_vllm):
-    launcher = launch()
-    launcher.until("serving")
-    group = launcher.group()
-    os.kill(group, signal.SIGKILL)
-    assert group_of(fake_vllm) == group and len(living(group)) >= 3
-    assert launcher.send(signal.SIGTERM) == 0
-    assert not living(group)
-
-
-def test_the_server_that_dies_takes_its_engine_along(launch, fake_vllm):
-    launcher = launch()
-    launcher.until("serving")
-    given = json.loads(fake_vllm.read_text())
-    os.kill(given["pid"], signal.SIGKILL)
-    assert launcher.process.wait(60) == 137
-    assert not living(given["group"])
-    assert launcher.said("vLLM ended with exit code 137")
-
-
-def test_one_that_fails_is_reported_with_its_last_words(launch, tmp_path, fake_vllm):
-    log = tmp_path / "vllm.log"
-    launcher = launch("--log", log, FAKE_VLLM="fails")
-    assert launcher.process.wait(60) == 3
-    said = launcher.output.read_text()
-    assert f"error: vLLM ended with exit code 3 before it answered; {log} ends with:" in said
-    assert said.endswith("ValueError: no such kernel\n")
-    assert not living(group_of(fake_vllm))
-
-
-def test_one_that_never_answers_is_given_up(model, monkeypatch, fake_vllm):
-    monkeypatch.setenv("FAKE_VLLM", "hangs")
-    config = replace(parse([str(model)]), port=free_port(), start_timeout=1.5)
-    with pytest.raises(ServerError, match=r"took more than 1\.5 s"), running_server(config):
-        pass
-    assert not living(group_of(fake_vllm))
-
-
-def test_a_server_lasts_as_long_as_its_block(model, tmp_path, fake_vllm):
-    config = replace(parse([str(model)]), port=free_port(), log=tmp_path / "log")
-    with pytest.raises(KeyError), running_server(config) as url:
-        assert url == f"http://127.0.0.1:{config.port}/v1"
-        group = group_of(fake_vllm)
-        assert living(group)
-        raise KeyError
-    assert not living(group)
-    assert "fake vLLM: loading" in (tmp_path / "log").read_text()
