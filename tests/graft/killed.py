@@ -57,7 +57,8 @@ def main(vision: Path, llm: Path, folder: Path, stride: int) -> None:
     whole = folder / "whole" / "hybrid"
     whole.parent.mkdir(parents=True)
     build(vision, llm, whole, OPTIONS)  # not forked: what torch does once is done for the others
-    expected, names = contents(whole), list(moments)
+    names = list(moments)  # before `contents`, which opens files too
+    expected = contents(whole)
     for moment, name in enumerate(names):
         if moment % stride and name.startswith("open"):
             continue
