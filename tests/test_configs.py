@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from serve.serve_config import parse as parse_serving
-from train.config import UsageError, parse
+from train.command_line import parse
+from train.config import UsageError
 
 ROOT = Path(__file__).parent.parent
 SERVING = ROOT / "configs" / "serve.yaml"

@@ -1,21 +1,18 @@
-"""What a run is told: dataclass, YAML and command line, in that order of rising precedence.
+"""What a run is told: every option, its default and what it may be.
 
-Flags keep the recipe's names. An unknown or mistyped key is an error, never ignored.
+Flags keep the recipe's names. `train/command_line.py` reads them.
 """
 
-import re
-import sys
-from dataclasses import asdict, dataclass
-from difflib import get_close_matches
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
 
-from vlm.data.limits import Limits, environment_limits
+from vlm.data.limits import Limits
 from vlm.data.pack import Budget, Mode
 from vlm.hub import Hub
+from vlm.recompute import Policy
 
 
 class UsageError(ValueError):
@@ -53,6 +50,15 @@ class TrainConfig:
     """The merger."""
     freeze_llm: bool = False
     """Decoder, embedding and head."""
+    last_vit_layers: int | None = None
+    """Of the ViT, train this many of the last blocks alone."""
+    last_llm_layers: int | None = None
+    """Of the language model, train this many of the last layers alone, with what follows them:
+    the final norm, and the head where it is not the embedding too."""
+    freeze_parameters: list[str] = field(default_factory=list)
+    """Patterns (`*` and `?`) of parameter names that are frozen whatever the flags above say."""
+    trainable_parameters: list[str] = field(default_factory=list)
+    """Patterns of parameter names that train, whatever all of the above say."""
 
     num_train_epochs: int = 3
     max_steps: int | None = None
@@ -81,18 +87,35 @@ class TrainConfig:
     aligner_lr: float | None = None
     weight_decay: float = 0.1
     """Of weight matrices; norms and biases have none."""
+    vit_weight_decay: float | None = None
+    aligner_weight_decay: float | None = None
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """After the warm-up; `wsd` (warm-up, stable, decay) stays at the full rate and falls to 0 over
+    the last steps."""
     warmup_ratio: float = 0.05
+    """Share of the steps over which the rates rise from 0."""
+    warmup_steps: int | None = None
+    """Their number instead."""
+    decay_ratio: float = 0.1
+    """Share of the steps over which `wsd` falls."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of weights and activations; bfloat16 keeps float32 masters."""
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool | Policy = True
+    """What blocks keep for the backward pass (`vlm/recompute.py`): true is `full`, false `none`."""
+    vit_gradient_checkpointing: bool | Policy | None = None
+    """The same for the ViT alone (default: as gradient_checkpointing)."""
     deepspeed: str | None = "zero2"
-    """`zero2`, or a DeepSpeed JSON file whose keys go over it; null: one process, no DeepSpeed."""
+    """`zero1`, `zero2`, `zero2_offload` (masters and moments in the host's memory), or a DeepSpeed
+    JSON file whose keys go over zero2's; null: one process, no DeepSpeed."""
+    ddp_timeout: int = 900
+    """Seconds after which a rank that does not answer is called missing and the run ends."""
+    deterministic: bool = False
+    """The same bits in every run on the same hardware, at some cost in speed."""
 
     max_length: int = 8192
     """Tokens of a sample."""
@@ -120,10 +143,36 @@ class TrainConfig:
     dataset_num_proc: int = 8
     """Processes that index the data."""
 
+    val_dataset: list[str | dict[str, Any]] = field(default_factory=list)
+    """Held-out data, in the form of `dataset`."""
+    split_dataset_ratio: float = 0.0
+    """Share of the data to hold out instead, chosen by the seed."""
+    eval_steps: int = -1
+    """Evaluate so often; -1: before the first step and at the end; 0: never. It needs held-out
+    data."""
+    eval_answers: int = 10
+    """Held-out questions that are answered by generation each time."""
+    eval_max_new_tokens: int = 64
+    """Of such an answer."""
+    text_probe: list[str | dict[str, Any]] = field(default_factory=list)
+    """Texts whose loss shows what is forgotten (default: the held-out samples without media)."""
+
     save_steps: int = 1000
     save_total_limit: int = 10
+    max_hours: float | None = None
+    """Save and end once the run has taken this long; the same command goes on."""
     logging_steps: int = 5
+    report_to: list[Literal["tensorboard", "wandb", "swanlab"]] = field(default_factory=list)
+    """Trackers beside `log.jsonl`."""
+    run_name: str | None = None
+    """As trackers show it (default: the name of output_dir)."""
     seed: int = 42
+
+    dry_run: bool = False
+    """Show the plan, the cost, the memory and the first sample, run the costliest micro-batch once,
+    and end."""
+    profile: bool = False
+    """Trace three steps with torch's profiler, into `profile/` of the run."""
 
     def __post_init__(self) -> None:
         positive = (
@@ -142,9 +191,24 @@ class TrainConfig:
             "stream_window",
             "save_steps",
             "save_total_limit",
+            "max_hours",
             "logging_steps",
+            "last_vit_layers",
+            "last_llm_layers",
+            "ddp_timeout",
+            "eval_max_new_tokens",
         )
-        for name in ("vit_lr", "aligner_lr", "dataloader_num_workers"):
+        not_negative = (
+            "vit_lr",
+            "aligner_lr",
+            "weight_decay",
+            "vit_weight_decay",
+            "aligner_weight_decay",
+            "warmup_steps",
+            "dataloader_num_workers",
+            "eval_answers",
+        )
+        for name in not_negative:
             if (getattr(self, name) or 0) < 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must not be below 0")
         for name in positive:
@@ -152,8 +216,17 @@ class TrainConfig:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0")
         if self.streaming and self.max_steps is None:
             raise UsageError("streaming needs max_steps, since the length of an epoch is unknown")
-        if not 0 <= self.warmup_ratio < 1:
-            raise UsageError(f"warmup_ratio is {self.warmup_ratio}; it must be in 0..1")
+        for name in ("warmup_ratio", "decay_ratio", "split_dataset_ratio"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be in 0..1")
+        if self.val_dataset and self.split_dataset_ratio:
+            raise UsageError("give val_dataset or split_dataset_ratio, not both")
+        if self.streaming and self.split_dataset_ratio:
+            raise UsageError("split_dataset_ratio needs an index; with streaming, give val_dataset")
+        if self.eval_steps < -1:
+            raise UsageError(
+                f"eval_steps is {self.eval_steps}; it must be -1, 0 or a number of steps"
+            )
         if self.plan == "packed" and self.max_length > self.token_budget:
             raise UsageError(
                 f"max_length {self.max_length} is above token_budget {self.token_budget}; a "
@@ -163,7 +236,8 @@ class TrainConfig:
             Limits.of(self)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        if self.freeze_vit and self.freeze_aligner and self.freeze_llm:
+        frozen = self.freeze_vit and self.freeze_aligner and self.freeze_llm
+        if frozen and not self.trainable_parameters:
             raise UsageError("freeze_vit, freeze_aligner and freeze_llm leave nothing to train")
 
     @property
@@ -172,70 +246,17 @@ class TrainConfig:
         samples = self.per_device_train_batch_size
         return Budget(self.plan, samples, self.token_budget, self.patch_budget)
 
+    @property
+    def recompute(self) -> tuple[Policy, Policy]:
+        """Of the ViT and of the language model."""
+        llm, vit = self.gradient_checkpointing, self.vit_gradient_checkpointing
+        return _policy(llm if vit is None else vit), _policy(llm)
+
     def to_yaml(self) -> str:
         """The resolved config, loadable with --config."""
         plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
         return yaml.safe_dump(plain, sort_keys=False)
 
 
-def parse(arguments: list[str] | None = None) -> TrainConfig:
-    """The resolved config of a command line; UsageError in one sentence."""
-    parser = ArgumentParser(
-        prog="train/sft.py", description=__doc__, exit_on_error=False, allow_abbrev=False
-    )
-    parser.add_argument("--config", action="config", help="YAML file of options")
-    parser.add_argument(
-        "--dataset",
-        type=str | dict[str, Any],
-        nargs="+",
-        required=True,
-        help="files, directories or data sets of the hub; PATH#N: the first N rows",
-    )
-    parser.add_class_arguments(TrainConfig, skip={"dataset"})
-    try:
-        parser.set_defaults(environment_limits())
-        _check_files(sys.argv[1:] if arguments is None else arguments)
-        options = parser.parse_args(arguments).as_dict()
-    except ArgumentError as error:
-        raise UsageError(_explain(error)) from None
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    options.pop("config", None)
-    return TrainConfig(**options)
-
-
-def _check_files(arguments: list[str]) -> None:
-    """UsageError that names a `--config` file which is not what the parser expects."""
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
-    paths = [after for flag, after in pairs if flag == "--config"]
-    paths += [flag.partition("=")[2] for flag in arguments if flag.startswith("--config=")]
-    for path in paths:
-        try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UsageError(f"--config {path} cannot be read: {error.strerror}") from None
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split()).replace('in "<unicode string>", ', "")
-            raise UsageError(f"--config {path} is not YAML: {reason}") from None
-        if not isinstance(content, dict):
-            raise UsageError(f"--config {path} holds no options; write `name: value` lines")
-        data = content.get("dataset", [])
-        if not isinstance(data, list) or not all(isinstance(d, str | dict) for d in data):
-            raise UsageError(
-                f"--config {path}: dataset is to be a list, a line `- PATH` or `- path: PATH` for "
-                "each source"
-            )
-
-
-def _explain(error: ArgumentError) -> str:
-    """jsonargparse's message on one line, with the nearest option for an unknown one."""
-    message = " ".join(str(error).split())
-    names = list(TrainConfig.__dataclass_fields__)
-    words = re.findall(r"[\w-]+", message)
-    if any(word in names for word in words):  # it is known, and has a wrong value
-        return message
-    for word in words:
-        near = get_close_matches(word.lstrip("-"), names, 1, 0.75)
-        if near and word.lstrip("-") not in names:
-            return f"{message} (did you mean {near[0]}?)"
-    return message
+def _policy(asked: bool | Policy) -> Policy:
+    return {True: "full", False: "none"}.get(asked, asked)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from train.config import TrainConfig, UsageError, parse
+from train.command_line import parse
+from train.config import TrainConfig, UsageError
 from train.data import open_data
 from train.engine import check_engine, start_engine
 from train.freeze import banner, freeze, trained_parts

@@ -11,7 +11,8 @@ import torch
 from tests.data.samples import index_of, processor, row, write_image, write_jsonl
 from tests.data.videos import write_clips, write_video
 from tests.train.runs import log_of, run_plain, write_hybrid
-from train.config import TrainConfig, UsageError, parse
+from train.command_line import parse
+from train.config import TrainConfig, UsageError
 from vlm.data.collate import collate
 from vlm.data.formats import parse_row
 from vlm.data.formats.context import RowContext

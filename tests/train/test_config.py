@@ -9,7 +9,8 @@ import pytest
 import train.sft
 from tests.tiny import write_hybrid
 from tests.train.runs import OPTIONS, ROOT, command, environment
-from train.config import TrainConfig, UsageError, parse
+from train.command_line import parse
+from train.config import TrainConfig, UsageError
 from train.engine import deepspeed_config
 from vlm.data.limits import environment_limits
 
