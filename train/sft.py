@@ -94,20 +94,23 @@ def train(config: TrainConfig, world: World) -> None:
             if targets == 0:
                 log.write("skipped", step, reason="no targets", samples=world.gather(part.ids))
             else:
-                sums = torch.zeros(len(seen), dtype=torch.float64, device=world.device)
+                # of losses per source, and of answers that are right
+                sums = torch.zeros(len(seen) + 1, dtype=torch.float64, device=world.device)
                 for micro_batch in part.micro_batches:
                     batch = micro_batch.to(world.device, non_blocking=True)
                     hidden = model(batch)  # (N, D) at the target rows
-                    loss, losses = cross_entropy(
+                    loss, losses, right = cross_entropy(
                         hidden, model.head_weight, batch.targets, batch.weights
                     )
                     # of the global batch: packing and ranks change nothing
                     engine.backward(loss / targets)
                     sums.index_add_(0, batch.sources, losses.double())
+                    sums[-1] += right.sum()
 
                 scale = learning_rate_scale(engine.updates, total_steps, config)
                 set_learning_rate(engine.param_groups, scale)
                 sums, norm = engine.step(sums)
+                _right = sums.pop()
                 loss = sum(sums) / max(sum(seen), 1)
                 if math.isfinite(norm) and math.isfinite(loss):
                     refused = 0
@@ -143,7 +146,7 @@ def _warm_up(model, dataset, world: World) -> None:
     """Forward and backward of the costliest micro-batch; the result is thrown away."""
     batch = dataset.costliest().to(world.device)
     hidden = model(batch)
-    loss, _ = cross_entropy(hidden, model.head_weight, batch.targets, batch.weights)
+    loss = cross_entropy(hidden, model.head_weight, batch.targets, batch.weights).sum
     loss.backward()
     model.zero_grad(set_to_none=True)
 

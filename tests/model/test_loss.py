@@ -18,8 +18,9 @@ def test_value_and_gradients(chunk_rows, weighted):
     losses = F.cross_entropy(F.linear(hidden, head), targets, reduction="none")
     expected = (losses * weights).sum() if weighted else losses.sum()
     torch.testing.assert_close(actual, expected)
-    total, terms = cross_entropy(hidden, head, targets, weights, chunk_rows)
+    total, terms, right = cross_entropy(hidden, head, targets, weights, chunk_rows)
     assert torch.equal(total, actual) and not terms.requires_grad
+    assert torch.equal(right, F.linear(hidden, head).argmax(-1) == targets)
     torch.testing.assert_close(terms, losses * weights if weighted else losses)
     for ours, theirs in zip(
         torch.autograd.grad(3 * actual, (hidden, head)),
@@ -27,6 +28,12 @@ def test_value_and_gradients(chunk_rows, weighted):
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_right_where_the_target_has_the_largest_logit():
+    head = torch.eye(4)
+    right = cross_entropy(head[[0, 1, 2, 3, 0]], head, torch.tensor([0, 1, 0, 3, 2])).right
+    assert right.tolist() == [True, True, False, True, False]
 
 
 def test_frozen_head_gets_no_gradient_and_no_buffer():

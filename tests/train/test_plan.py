@@ -49,7 +49,7 @@ def gradients(model: VisionLanguageModel, parts) -> dict[str, torch.Tensor]:
     for part in parts:
         for batch in part.micro_batches:
             hidden = model(batch)
-            loss, _ = cross_entropy(hidden, model.head_weight, batch.targets, batch.weights)
+            loss = cross_entropy(hidden, model.head_weight, batch.targets, batch.weights).sum
             (loss / targets).backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 

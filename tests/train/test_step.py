@@ -20,6 +20,7 @@ from vlm.data.collate import collate
 from vlm.data.formats import parse_line
 from vlm.data.formats.context import RowContext
 from vlm.data.processor import Processor
+from vlm.loss import Loss
 
 LOSS, WEIGHT = 3e-5, 2e-4
 
@@ -165,9 +166,9 @@ def test_refused_step_leaves_schedule_and_weights(setting, tmp_path, monkeypatch
 
     def sometimes(hidden, *args):
         calls.append(1)
-        loss, losses = honest(hidden, *args)
+        loss, losses, right = honest(hidden, *args)
         wrong = float("nan") if len(calls) == 9 else 1.0  # 1 is the warm-up, 3 a step
-        return loss * wrong, losses * wrong
+        return Loss(loss * wrong, losses * wrong, right)
 
     monkeypatch.setattr(train.sft, "cross_entropy", sometimes)
     run = run_plain(setting, tmp_path / "run", save_steps=1, save_total_limit=9, plan="samples")
