@@ -93,15 +93,15 @@ class TrainConfig:
     adam_beta2: float = 0.95
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """After the warm-up; `wsd` (warm-up, stable, decay) stays at the full rate and falls to 0 over
-    the last steps."""
+    lr_scheduler_type: str = "cosine"
+    """After the warm-up: `cosine`, `linear`, `constant` or `wsd` (warm-up, stable, decay), which
+    stays at the full rate and falls to 0 over the last steps; `SCHEDULES` of train/optim.py."""
     warmup_ratio: float = 0.05
     """Share of the steps over which the rates rise from 0."""
     warmup_steps: int | None = None
     """Their number instead."""
     decay_ratio: float = 0.1
-    """Share of the steps over which `wsd` falls."""
+    """Share of the steps after the warm-up over which `wsd` falls."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of weights and activations; bfloat16 keeps float32 masters."""
@@ -219,6 +219,13 @@ class TrainConfig:
         for name in ("warmup_ratio", "decay_ratio", "split_dataset_ratio"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be in 0..1")
+        from train.optim import SCHEDULES  # here, for it imports this file
+
+        if self.lr_scheduler_type not in SCHEDULES:
+            raise UsageError(
+                f"lr_scheduler_type is {self.lr_scheduler_type}; it must be one of "
+                f"{', '.join(SCHEDULES)}"
+            )
         if self.val_dataset and self.split_dataset_ratio:
             raise UsageError("give val_dataset or split_dataset_ratio, not both")
         if self.streaming and self.split_dataset_ratio:
@@ -237,7 +244,8 @@ class TrainConfig:
         except ValueError as error:
             raise UsageError(str(error)) from None
         frozen = self.freeze_vit and self.freeze_aligner and self.freeze_llm
-        if frozen and not self.trainable_parameters:
+        last = self.last_vit_layers or self.last_llm_layers
+        if frozen and not (last or self.trainable_parameters):
             raise UsageError("freeze_vit, freeze_aligner and freeze_llm leave nothing to train")
 
     @property

@@ -1,8 +1,13 @@
-"""The run's data: indexed or streamed, the plan that follows from it, and its bad samples."""
+"""The run's data: indexed or streamed, the plan that follows from it, and its bad samples; and what
+is held out of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from train.config import TrainConfig
+import numpy as np
+
+from train.config import TrainConfig, UsageError
 from train.state import Progress, Run
 from train.world import World
 from vlm.data.index import Index, build_index
@@ -13,6 +18,7 @@ from vlm.data.loader import Step, StepDataset, make_plan
 from vlm.data.plan_report import report
 from vlm.data.processor import Processor
 from vlm.data.sources import DataError, Source, open_sources
+from vlm.data.split import choose_held_out, related
 from vlm.data.stream import Stream, StreamDataset, open_stream
 
 
@@ -32,6 +38,10 @@ class TrainData:
     ledger: Ledger
     config: TrainConfig
     world: World
+    held_out: Index | None
+    """Samples that are never trained on."""
+    text_probe: Index | None
+    """Texts that a loss is taken on."""
 
     def account(self, step: int, part: Step, broken: float, windows: float) -> None:
         """Record what the ranks found out in a step; every rank calls this.
@@ -73,7 +83,11 @@ def open_data(
     """
     ledger = Ledger(run.ledger, writes=world.first, strict=config.on_bad == "error")
     skips_text = config.skip_text_only and "llm" not in trains
+    held_out, bad = _measure(config.val_dataset, config, world, processor)
+    text_probe, broken = _measure(config.text_probe, config, world, processor)
+    bad += broken
     if config.streaming:
+        ledger.record(bad)
         stream = world.from_first(lambda: _find_stream(config))
         data = stream.fingerprint(processor, config.stream_window)
         progress = resumed or run.begin(0, data)
@@ -82,25 +96,42 @@ def open_data(
         limits = (world.size, config.budget, skips_text)
         dataset = StreamDataset(stream, processor, trains, *shape, *limits)
         about = [f"stream: {len(stream.shards):,} shards, windows of {config.stream_window} steps"]
-        steps = config.max_steps
-        return TrainData(dataset, progress, steps, 0, 0, about, ledger, config, world)
-    index, bad = _measure(config, world, processor)
-    ledger.record(bad)
-    ledger.check(len(index) + len(bad), config.max_bad_fraction)
-    progress = resumed or run.begin(len(index), index.fingerprint())
-    run.check(progress, len(index), index.fingerprint())
-    costs = index.costs(processor.config, trains)
-    fixed = (progress.global_batch_size, config.seed, world.size)
-    plan = make_plan(index, costs, *fixed, config.budget, skips_text)
-    dataset = StepDataset(index, processor, plan, world.rank)
-    steps = config.max_steps or plan.steps_per_epoch * config.num_train_epochs
-    about = [index_report(index, bad), report(plan, most_steps=20).line()] * world.first
-    return TrainData(dataset, progress, steps, len(index), len(bad), about, ledger, config, world)
+        good, steps = 0, config.max_steps
+    else:
+        index, broken = _measure(config.dataset, config, world, processor)
+        about = [index_report(index, broken)] * world.first
+        bad += broken
+        ledger.record(bad)
+        ledger.check(len(index) + len(bad), config.max_bad_fraction)
+        if config.split_dataset_ratio:
+            index, held_out = _split(index, config, world)
+        progress = resumed or run.begin(len(index), index.fingerprint())
+        run.check(progress, len(index), index.fingerprint())
+        costs = index.costs(processor.config, trains)
+        fixed = (progress.global_batch_size, config.seed, world.size)
+        plan = make_plan(index, costs, *fixed, config.budget, skips_text)
+        dataset = StepDataset(index, processor, plan, world.rank)
+        good, steps = len(index), config.max_steps or plan.steps_per_epoch * config.num_train_epochs
+        about += [report(plan, most_steps=20).line()] * world.first
+    if held_out:
+        about.append(
+            f"held out: {len(held_out):,} samples, {(held_out.media > 0).sum():,} of them "
+            "with images or videos"
+        )
+    rest = (ledger, config, world, held_out, text_probe)
+    return TrainData(dataset, progress, steps, good, len(bad), about, *rest)
 
 
-def _measure(config: TrainConfig, world: World, processor: Processor) -> tuple[Index, list[Entry]]:
-    """The index, and the bad samples, by the first rank's work."""
-    sources = _open_sources(config, world)
+Specs = Sequence[str | dict[str, Any]]
+
+
+def _measure(
+    specs: Specs, config: TrainConfig, world: World, processor: Processor
+) -> tuple[Index | None, list[Entry]]:
+    """The index of some data, and its bad samples, by the first rank's work; None of no data."""
+    if not specs:
+        return None, []
+    sources = _open_sources(specs, config, world)
 
     def measure() -> tuple[Index, list[Entry]]:
         workers, folder = config.dataset_num_proc, default_cache_dir()
@@ -111,12 +142,29 @@ def _measure(config: TrainConfig, world: World, processor: Processor) -> tuple[I
     return replace(index, sources=sources), bad
 
 
-def _open_sources(config: TrainConfig, world: World) -> tuple[Source, ...]:
+def _split(index: Index, config: TrainConfig, world: World) -> tuple[Index, Index]:
+    """What is trained on, and what is held out; the first rank reads all samples for it."""
+
+    def choose() -> np.ndarray:
+        groups = related(map(index.sample, range(len(index))))
+        return choose_held_out(groups, index.source, config.split_dataset_ratio, config.seed)
+
+    chosen = world.from_first(choose)
+    if not len(chosen):
+        raise UsageError(
+            f"split_dataset_ratio {config.split_dataset_ratio:g} of {len(index)} samples holds "
+            "none out (those that share an image stay together); raise it or give val_dataset"
+        )
+    others = np.setdiff1d(np.arange(len(index)), chosen)
+    return index.select(others), index.select(chosen)
+
+
+def _open_sources(specs: Specs, config: TrainConfig, world: World) -> tuple[Source, ...]:
     """The data; what a hub has is downloaded once on each machine."""
 
     def opened() -> tuple[Source, ...]:
         return open_sources(
-            config.dataset,
+            specs,
             media_root=config.media_root,
             hub=config.hub,
             allow_urls=config.allow_urls,

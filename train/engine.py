@@ -1,20 +1,22 @@
-"""Backward and update, on one process or on many. The only file that knows DeepSpeed.
+"""Backward and update, on one process or on many. The only file that imports DeepSpeed.
 
 Both engines keep float32 masters of what trains, add up micro-batches in float32, clip by the
 global norm, refuse a step whose norm is not finite, and give the same numbers.
 """
 
-import json
 import math
 import os
-from collections.abc import Iterator
-from pathlib import Path
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from train.config import TrainConfig, UsageError
+from train.deepspeed_config import deepspeed_config
 from train.freeze import Group
 from train.optim import make_optimizer
 from train.world import World
@@ -34,23 +36,36 @@ class Fragment(NamedTuple):
     """(n,) float32: a view; writing to it changes the state."""
 
 
+class Stepped(NamedTuple):
+    """What all ranks know of a step."""
+
+    sums: list[float]
+    """Of losses, over all ranks."""
+    norm: float
+    """Of the whole gradient, before clipping."""
+    group_norms: dict[str, float]
+    """The same by group, where it was asked for."""
+
+
 class Engine(Protocol):
     param_groups: list[dict]
     """The optimiser's groups; `lr` is set through them."""
     updates: int
     """Optimiser steps taken; a refused one does not count."""
+    group_of: dict[str, str]
+    """Name of each parameter's group."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this rank's share of the global mean loss."""
 
-    def step(self, sums: Tensor) -> tuple[list[float], float]:
+    def step(self, sums: Tensor, detail: bool = False) -> Stepped:
         """Update, unless a sum or the gradient's norm is not finite.
+
+        What it returns is all that our code reads from the device in a step.
 
         Args:
             sums: (s,) float64: this rank's sums of losses.
-
-        Returns:
-            The sums over all ranks, and the norm: all that is read from the device in a step.
+            detail: also the norm of each group's gradient.
         """
 
     def fragments(self) -> Iterator[Fragment]:
@@ -64,6 +79,7 @@ def start_engine(
     model: nn.Module, groups: list[Group], config: TrainConfig, world: World
 ) -> Engine:
     """DeepSpeed where torchrun started us, else a plain engine."""
+    world.limit_waits()  # what may take hours, indexing, is over
     if config.deepspeed and world.launched:
         return ZeroEngine(model, groups, config, world)
     return PlainEngine(groups, config)
@@ -72,7 +88,11 @@ def start_engine(
 def check_engine(config: TrainConfig, world: World) -> None:
     """Raise UsageError where no engine can be started; costs nothing."""
     if config.deepspeed:
-        deepspeed_config(config, world.size)
+        zero = deepspeed_config(config, world.size)["zero_optimization"]
+        if zero.get("offload_optimizer", {}).get("device") == "cpu" and not world.launched:
+            raise UsageError(
+                f"deepspeed: {config.deepspeed} needs torchrun; plain python does not offload"
+            )
     elif world.size > 1:
         raise UsageError(f"{world.size} ranks need DeepSpeed; set deepspeed: zero2")
 
@@ -83,6 +103,7 @@ class PlainEngine:
     def __init__(self, groups: list[Group], config: TrainConfig) -> None:
         self.updates = 0
         self._max_norm = config.max_grad_norm
+        self.group_of = _group_of(groups)
         self._parameters = {n: p for group in groups for n, p in group.parameters.items()}
         self._masters = {name: _master(p) for name, p in self._parameters.items()}
         for name, parameter in self._parameters.items():
@@ -111,15 +132,20 @@ class PlainEngine:
     def backward(self, loss: Tensor) -> None:
         loss.backward()
 
-    def step(self, sums: Tensor) -> tuple[list[float], float]:
-        norm = nn.utils.clip_grad_norm_(self._masters.values(), self._max_norm)
-        *losses, norm = torch.cat([sums, norm.double()[None]]).tolist()
+    def step(self, sums: Tensor, detail: bool = False) -> Stepped:
+        groups = self.param_groups if detail else []
+        norms = [get_total_norm(_gradients(group["params"])) for group in groups]
+        norms.append(nn.utils.clip_grad_norm_(self._masters.values(), self._max_norm))
+        norms = torch.stack([norm.to(sums) for norm in norms])
+        figures = torch.cat([sums, norms]).tolist()
+        losses, (*norms, norm) = figures[: len(sums)], figures[len(sums) :]
         if all(map(math.isfinite, (*losses, norm))):
             self._optimizer.step()
             self.updates += 1
             self._publish()
         self._optimizer.zero_grad()
-        return losses, norm
+        names = (group["name"] for group in groups)
+        return Stepped(losses, norm, dict(zip(names, norms, strict=True)))
 
     def fragments(self) -> Iterator[Fragment]:
         for name, master in self._masters.items():
@@ -143,13 +169,15 @@ class PlainEngine:
 
 
 class ZeroEngine:
-    """DeepSpeed ZeRO-2 (arXiv:1910.02054): gradients, masters and moments spread over ranks."""
+    """DeepSpeed ZeRO-1 or ZeRO-2 (arXiv:1910.02054): masters and moments, and with ZeRO-2 the
+    gradients, spread over ranks; on the host where they are offloaded."""
 
     def __init__(
         self, model: nn.Module, groups: list[Group], config: TrainConfig, world: World
     ) -> None:
         deepspeed = _import_deepspeed(world)
         self.updates = 0
+        self.group_of = _group_of(groups)
         self._world = world
         self._parameters = {n: p for group in groups for n, p in group.parameters.items()}
         self._engine, *_ = deepspeed.initialize(
@@ -157,29 +185,56 @@ class ZeroEngine:
             optimizer=make_optimizer(groups, config),
             config=deepspeed_config(config, world.size),
         )
+        world.limit_waits()  # of the groups that DeepSpeed has made
         self._zero = self._engine.optimizer
         self.param_groups = self._zero.param_groups
+        self._masters = [group["params"][0] for group in self.param_groups]  # this rank's, flat
+        # only when DeepSpeed comes to this call are gradients whole, with every stage
+        self._update, self._zero.step = self._zero.step, self._checked_update
+        self._sums = self._figures = None
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed averages over ranks; the loss is already a share of the global mean
         self._engine.backward(loss * self._world.size, scale_wrt_gas=False)
 
-    def step(self, sums: Tensor) -> tuple[list[float], float]:
-        losses = self._world.sum(sums.tolist())
-        if not all(map(math.isfinite, losses)):
-            self._poison()
+    def step(self, sums: Tensor, detail: bool = False) -> Stepped:
+        self._sums = sums
         self._engine.step()
-        norm = float(self._engine.get_global_grad_norm())
-        if math.isfinite(norm):  # else DeepSpeed has skipped the step, without a word
+        losses, squares = self._figures[: len(sums)], self._figures[len(sums) :]
+        norm = math.inf  # where the step was refused, here or without a word by DeepSpeed
+        if self._engine.was_step_applied():
             self.updates += 1
-        return losses, norm
+            norm = math.sqrt(sum(squares))
+        names = (group["name"] for group in self.param_groups)
+        norms = dict(zip(names, map(math.sqrt, squares), strict=True))
+        return Stepped(losses, norm, norms if detail else {})
 
-    def _poison(self) -> None:
-        """Make DeepSpeed refuse the step: it does so, and cleans up, where a gradient is nan."""
-        for gradients in (self._zero.all_grad_tensors, self._zero.averaged_gradients):
-            for group in gradients.values():
-                for gradient in group or ():
-                    gradient.fill_(math.nan)
+    def _checked_update(self) -> None:
+        """Sum over ranks the losses and the squares of this rank's gradients, then update."""
+        gradients = self._gradients()
+        norms = [get_total_norm(group).to(self._sums) for group in gradients]
+        squares = torch.stack(norms).square()
+        self._figures = self._world.sum(torch.cat([self._sums, squares]).tolist())
+        if not all(map(math.isfinite, self._figures)):
+            # DeepSpeed refuses the step, and cleans up, where it finds a gradient of nan
+            for gradient in chain.from_iterable(gradients):
+                gradient.fill_(math.nan)
+            # it has their norms already, where masters are offloaded
+            norms = getattr(self._zero, "norm_for_param_grads", {})
+            norms.update(dict.fromkeys(norms, torch.tensor(math.nan)))
+        self._update()
+
+    def _gradients(self) -> list[Sequence[Tensor]]:
+        """By group, what this rank will update; DeepSpeed has three places for it."""
+        zero = self._zero
+        if hasattr(zero, "fp32_groups_gradient_flat_partition"):  # ZeRO-1 of bfloat16 weights
+            flats = zero.fp32_groups_gradient_flat_partition
+        elif zero.cpu_offload:
+            flats = [master.grad for master in self._masters]
+        else:
+            return [zero.averaged_gradients[group] for group in range(len(self._masters))]
+        # in pieces: a sum of float32 over a long tensor loses digits on a CPU
+        return [flat.split(1 << 16) for flat in flats]
 
     def fragments(self) -> Iterator[Fragment]:
         optimizer = self._zero.optimizer
@@ -188,7 +243,7 @@ class ZeroEngine:
             if mapping is None:  # nothing of it lies on this rank
                 continue
             place, begin = mapping.lp_fragment_address, mapping.hp_fragment_address.start
-            flat = self._zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            flat = self._masters[mapping.param_group_index]
             state = _moments(optimizer, flat, self.updates)
             yield Fragment(name, "master", place.start, flat.data.narrow(0, begin, place.numel))
             for kind in MOMENTS:
@@ -197,55 +252,9 @@ class ZeroEngine:
 
     def restored(self, updates: int) -> None:
         self.updates = updates
-        for flat in self._zero.single_partition_of_fp32_groups:
+        for flat in self._masters:
             _moments(self._zero.optimizer, flat, updates)["step"].fill_(updates)
         self._zero.update_lp_params()
-
-
-def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
-    """DeepSpeed's own settings: what a step is and how it is added up is the loop's business,
-    all else is taken from the user's JSON file."""
-    bfloat16 = config.dtype == "bfloat16"
-    settings = {
-        "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,  # the loop decides where a step ends
-        "train_batch_size": config.per_device_train_batch_size * world_size,
-        "gradient_clipping": config.max_grad_norm,
-        "zero_allow_untested_optimizer": True,
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
-        "steps_per_print": 1_000_000_000,
-    }
-    if bfloat16:
-        settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
-    zero = {"stage": 2, "overlap_comm": False}
-    if config.deepspeed != "zero2":
-        settings = _user_settings(Path(config.deepspeed)) | settings
-        zero |= settings.get("zero_optimization", {})
-    return settings | {"zero_optimization": zero}
-
-
-def _user_settings(path: Path) -> dict:
-    try:
-        settings = _without_auto(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"deepspeed: {path} is neither 'zero2' nor a JSON file ({error})"
-        ) from None
-    stage = settings.get("zero_optimization", {}).get("stage", 2)
-    if stage != 2:
-        raise UsageError(f"{path} asks for ZeRO stage {stage}; only stage 2 is supported")
-    return settings
-
-
-def _without_auto(settings: dict) -> dict:
-    """Without the keys that transformers' Trainer would fill in."""
-    return {
-        key: _without_auto(value) if isinstance(value, dict) else value
-        for key, value in settings.items()
-        if value != "auto"
-    }
 
 
 def _import_deepspeed(world: World):
@@ -256,6 +265,7 @@ def _import_deepspeed(world: World):
     import deepspeed
 
     deepspeed.logger.setLevel("WARNING")
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor", FutureWarning)  # its own
     if on_cpu:  # else two minutes go into compiling a collective that gloo does as well
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", verbose=False)
@@ -277,3 +287,11 @@ def _moments(optimizer: torch.optim.Optimizer, owned: Tensor, updates: int) -> d
         state |= {kind: torch.zeros_like(owned, requires_grad=False) for kind in MOMENTS}
         optimizer.state[owned] = state
     return state
+
+
+def _group_of(groups: list[Group]) -> dict[str, str]:
+    return {name: group.name for group in groups for name in group.parameters}
+
+
+def _gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]

@@ -10,19 +10,26 @@ mistake in what was asked for, told in one sentence.
 
 import math
 import sys
-import time
 from pathlib import Path
 
 import torch
 
+from train.card import write_card
 from train.command_line import parse
 from train.config import TrainConfig, UsageError
 from train.data import open_data
+from train.dry_run import dry_run, warm_up
 from train.engine import check_engine, start_engine
+from train.evaluate import Evaluator
+from train.fragments import restore_engine
 from train.freeze import banner, freeze, trained_parts
 from train.metrics import Log, Window, introduction
 from train.optim import learning_rate_scale, set_learning_rate
-from train.state import Run, restore_engine
+from train.profiling import Profiler
+from train.report import write_report
+from train.state import Run, SaveError
+from train.stop import END, Stop
+from train.trackers import check_trackers
 from train.world import World
 from vlm.checkpoint import CheckpointError, load_model
 from vlm.data.ledger import TooManyBadSamples
@@ -42,6 +49,7 @@ REFUSED_IN_A_ROW = 3
 def train(config: TrainConfig, world: World) -> None:
     # ---- the run, and where it stands
     check_engine(config, world)
+    check_trackers(config)
     run = Run(config, world)
     found = run.latest()
     torch.manual_seed(config.seed + world.rank)
@@ -55,40 +63,53 @@ def train(config: TrainConfig, world: World) -> None:
         truncation=config.truncation,
         think=config.think,
     )
-    data = open_data(config, world, run, processor, trained_parts(config), found and found[1])
+    trains = trained_parts(config, processor.config)
+    data = open_data(config, world, run, processor, trains, found and found[1])
     dataset, progress, total_steps = data.dataset, data.progress, data.total_steps
 
     # ---- model and engine
     model = load_model(model_dir, getattr(torch, config.dtype), world.device).train()
     groups = freeze(model, config)
-    model.set_recompute("full" if config.gradient_checkpointing else "none")
-    log = Log(run.log, progress.step, total_steps, enabled=world.first)
+    model.set_recompute(*config.recompute)
+    log = Log(config, world, progress.step, total_steps)
     log.say(f"model {model_dir}")  # a hub's revision is in it, for a run that started from there
     log.say(introduction(config, world, progress, data.good, data.bad, total_steps))
-    log.say(banner(model, groups))
-    for text in data.about:
+    log.say(banner(model, groups, config))
+    for text in (*run.about, *data.about):
         log.say(text)
-    _warm_up(model, dataset, world)  # memory fails here or never, but for a stream
+    if config.dry_run:
+        return dry_run(config, world, processor, data, model, trains)
+    warm_up(model, dataset, world)  # memory fails here or never, but for a stream
+    evaluator = Evaluator(config, world, processor, data, run)
     workers, timeout = config.dataloader_num_workers, config.dataloader_timeout
     on_cuda = world.device.type == "cuda"
-    with open_loader(dataset, progress.position, workers, on_cuda, timeout) as steps:
+    with (
+        run.training(model),
+        open_loader(dataset, progress.position, workers, on_cuda, timeout) as steps,
+        Stop(config, run) as stop,
+        Profiler(run.dir / "profile", config.profile and world.first) as profiler,
+    ):
         engine = start_engine(model, groups, config, world)
         if found:
             restore_engine(found[0], engine, progress.updates, world.rank)
 
+        evaluator.at(progress.step, model, log)
+
         # ---- the loop: one turn is one optimiser step
-        window, refused = Window(dataset.sources), 0
+        window, refused = Window(dataset.sources, world), 0
         for step in range(progress.step + 1, total_steps + 1):
-            waiting = time.perf_counter()
-            part = next(steps)  # this rank's micro-batches, all of them
-            waiting = time.perf_counter() - waiting
+            last = step == total_steps
+            logs = last or step % config.logging_steps == 0
+            with window.waiting("data"):
+                part = next(steps)  # this rank's micro-batches, all of them
 
             # What only this rank knows becomes known to all: how many targets its samples really
             # have (one may have turned out bad), and which were bad.
-            world.check_in()
+            with window.waiting("ranks"):
+                world.check_in()
             own = [part.targets, part.tokens, part.samples, part.flops]
-            own += [len(part.bad), part.window, *part.targets_by_source]
-            targets, tokens, samples, flops, broken, windows, *seen = world.sum(own)
+            own += [len(part.bad), part.window, stop.wish(), *part.targets_by_source]
+            targets, tokens, samples, flops, broken, windows, wish, *seen = world.sum(own)
             data.account(step, part, broken, windows)
 
             if targets == 0:
@@ -98,10 +119,11 @@ def train(config: TrainConfig, world: World) -> None:
                 sums = torch.zeros(len(seen) + 1, dtype=torch.float64, device=world.device)
                 for micro_batch in part.micro_batches:
                     batch = micro_batch.to(world.device, non_blocking=True)
-                    hidden = model(batch)  # (N, D) at the target rows
-                    loss, losses, right = cross_entropy(
-                        hidden, model.head_weight, batch.targets, batch.weights
-                    )
+                    with window.forward():
+                        hidden = model(batch)  # (N, D) at the target rows
+                        loss, losses, right = cross_entropy(
+                            hidden, model.head_weight, batch.targets, batch.weights
+                        )
                     # of the global batch: packing and ranks change nothing
                     engine.backward(loss / targets)
                     sums.index_add_(0, batch.sources, losses.double())
@@ -109,12 +131,11 @@ def train(config: TrainConfig, world: World) -> None:
 
                 scale = learning_rate_scale(engine.updates, total_steps, config)
                 set_learning_rate(engine.param_groups, scale)
-                sums, norm = engine.step(sums)
-                _right = sums.pop()
-                loss = sum(sums) / max(sum(seen), 1)
+                stepped = engine.step(sums, detail=logs)
+                norm, loss = stepped.norm, sum(stepped.sums[:-1]) / max(sum(seen), 1)
                 if math.isfinite(norm) and math.isfinite(loss):
                     refused = 0
-                    window.add(loss, norm, [targets, tokens, samples, flops], sums, seen, waiting)
+                    window.add(loss, stepped, [targets, tokens, samples, flops], seen)
                 else:
                     refused += 1
                     ids = world.gather(part.ids)
@@ -124,16 +145,21 @@ def train(config: TrainConfig, world: World) -> None:
                         raise RuntimeError(f"{refused} steps refused in a row; see {run.log}")
 
             progress = progress.at(part.next, step, engine.updates)
-            last = step == total_steps
-            if window.steps and (last or step % config.logging_steps == 0):
-                figures = window.figures()
-                rates = {group["name"]: group["lr"] for group in engine.param_groups}
-                log.write("train", step, epoch=part.position.epoch, **figures, lr=rates)
-                log.show(step, f"loss {figures['loss']:.4f} norm {figures['grad_norm']:.2f}")
-                window = Window(dataset.sources)
-            if last or step % config.save_steps == 0:
-                run.save(model, engine, progress, model_dir)
-    log.say(f"done: {run.dir}/{run.latest()[0].name}")
+            if logs and window.steps:
+                log.train(step, part.position.epoch, window.figures(engine))
+                window = Window(dataset.sources, world)
+            with window.waiting("eval"):
+                evaluator.at(step, model, log, last)
+            if last or wish or step % config.save_steps == 0:
+                with window.waiting("save"):
+                    run.save(model, engine, progress, model_dir)
+            profiler.step()
+            if wish >= END:
+                break
+    log.say(f"done: {run.checkpoints()[-1]}")
+    if world.first:
+        write_card(run.dir)
+        log.say(f"report: {write_report(run.dir)}")
     log.close()
 
 
@@ -142,25 +168,20 @@ def _given_model(config: TrainConfig, world: World) -> Path:
     return world.from_first_of_machine(lambda: resolve_model(config.model, config.hub))
 
 
-def _warm_up(model, dataset, world: World) -> None:
-    """Forward and backward of the costliest micro-batch; the result is thrown away."""
-    batch = dataset.costliest().to(world.device)
-    hidden = model(batch)
-    loss = cross_entropy(hidden, model.head_weight, batch.targets, batch.weights).sum
-    loss.backward()
-    model.zero_grad(set_to_none=True)
-
-
 def main() -> int:
     world = None
     try:
         config = parse()
-        world = World.start()
+        world = World.start(config.deterministic, config.ddp_timeout)
         train(config, world)
     except (UsageError, ConfigError, CheckpointError, DataError, TooManyBadSamples) as error:
         if world is None or world.first:
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except SaveError as error:
+        if world.first:
+            print(f"error: {error}", file=sys.stderr)
+        return 1
     except DataWorkerError as error:  # known to one rank alone; the launcher ends the others
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -168,6 +189,10 @@ def main() -> int:
         if world is None or world.first:
             print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if world is not None:
+            world.leave_if_rank_lost(error)
+        raise
     finally:
         if world is not None:
             world.stop()

@@ -6,32 +6,44 @@
         model/                        the hub's layout, loadable as it is
         engine/rank-*.safetensors     each rank's own fragments of masters and moments
         trainer.json                  step, place in the plan, updates
+        checksums.json                of all these files
 
 A fragment is named `parameter|kind|start`, so that any number of ranks can read what it needs
-without conversion, communication or pickle. A checkpoint is written beside its final name and
-renamed: it is whole or absent.
+without conversion, communication or pickle. A checkpoint is written beside its final name, by a
+thread while training goes on, and renamed once it is on the disk: it is whole or absent.
 """
 
 import json
 import os
 import shutil
-from collections import defaultdict
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+import yaml
+from torch import nn
 
+from train.checksums import flaw, read_checksums
 from train.config import TrainConfig, UsageError
-from train.engine import Engine, Fragment
+from train.engine import MOMENTS, Engine
+from train.fragments import key_of, random_state
+from train.snapshot import HostCopies, Snapshot, Writer, check_room, write_text
 from train.world import World
-from vlm.checkpoint import save_model, write_json
 from vlm.data.plan import Position
-from vlm.model import VisionLanguageModel
+from vlm.tensor_file import CheckpointError
 
 ENGINES_KEPT = 2
 """Only the last checkpoints can be resumed; the others keep their model."""
+LAST_WAIT = 60
+"""Seconds that an error waits for the checkpoint at hand: where a rank is dead it never ends."""
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; those before it are whole."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +80,13 @@ class Run:
     """A run's directory."""
 
     def __init__(self, config: TrainConfig, world: World) -> None:
+        self.began = time.monotonic()
         self.dir, self.config, self.world = config.output_dir, config, world
         self.log, self.ledger = self.dir / "log.jsonl", self.dir / "ledger.jsonl"
+        self.about: list[str] = []
+        """For the person who watches: what was found in the directory."""
+        self._copies, self._writer = HostCopies(), Writer()
+        self._saved: list[dict] = []
         world.from_first(self._create)
         if len(world.gather([None] if self.dir.is_dir() else [])) < world.size:
             raise UsageError(f"{self.dir} is not seen by every rank; it must lie on shared storage")
@@ -83,9 +100,24 @@ class Run:
             self.dir.mkdir(parents=True, exist_ok=True)
             for torn in self.dir.glob("checkpoint-*.partial"):
                 shutil.rmtree(torn)
-            (self.dir / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
         except OSError as error:
             raise UsageError(f"output_dir {self.dir} cannot be written ({error})") from None
+        changes = self._changed_options()
+        if changes:
+            self.about.append(f"options that differ from those of the last start: {changes}")
+
+    def _changed_options(self) -> str:
+        """`name: old -> new` of each, or nothing."""
+        new = yaml.safe_load(self.config.to_yaml())
+        try:
+            old = yaml.safe_load((self.dir / "config.yaml").read_text(encoding="utf-8"))
+            return ", ".join(
+                f"{name}: {old[name]} -> {value}"
+                for name, value in new.items()
+                if name in old and old[name] != value
+            )
+        except (OSError, ValueError, TypeError, yaml.YAMLError):  # none yet, or torn
+            return ""
 
     def begin(self, samples: int, data: str) -> Progress:
         """Where a fresh run stands. The size of its global batches is fixed here, for good."""
@@ -107,109 +139,156 @@ class Run:
                 f"{progress.global_batch_size}, which fix its batches; keep them or use another dir"
             )
 
-    def latest(self) -> tuple[Path, Progress] | None:
-        """The newest checkpoint that can be resumed, or None for a fresh run."""
-        return self.world.from_first(self._find_latest)
+    @contextmanager
+    def training(self, model: nn.Module) -> Iterator[None]:
+        """The block in which checkpoints are saved; at its end all of them are on the disk.
 
-    def _find_latest(self) -> tuple[Path, Progress] | None:
-        for folder in reversed(self.checkpoints()):
-            trainer = folder / "trainer.json"  # a folder that is being deleted may lack it
-            if (folder / "engine").is_dir() and trainer.is_file():
-                return folder, Progress(**json.loads(trainer.read_text(encoding="utf-8")))
-        return None
+        Raises:
+            UsageError: at the start, the disk has no room for one checkpoint of the model.
+            SaveError: at the end, the last one could not be written.
+        """
+        self.world.from_first(lambda: self._settle(model))
+        try:
+            yield
+        except BaseException:
+            self._writer.join(LAST_WAIT)
+            raise
+        self._writer.wait()
+
+    def _settle(self, model: nn.Module) -> None:
+        """All options have been accepted: keep them."""
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+        check_room(self.dir, weights + 4 * (1 + len(MOMENTS)) * trained)
+        try:
+            write_text(self.dir / "config.yaml", self.config.to_yaml())
+        except OSError as error:
+            raise UsageError(f"output_dir {self.dir} cannot be written ({error})") from None
+
+    # ---- reading
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
         found = [p for p in self.dir.glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
         return sorted(found, key=lambda folder: int(folder.name.split("-")[1]))
 
-    def save(
-        self, model: VisionLanguageModel, engine: Engine, progress: Progress, companions: Path
-    ) -> None:
-        """Write checkpoint-<step>, with the tokenizer and processor files of `companions`; every
-        rank calls this."""
-        final = self.dir / f"checkpoint-{progress.step}"
-        partial = final.with_name(final.name + ".partial")
-        self.world.from_first(lambda: _fresh_folder(partial / "engine"))
-        tensors = {_key(f): f.values.cpu().contiguous() for f in engine.fragments()}
-        tensors["rng"] = torch.get_rng_state()
-        save_file(tensors, partial / "engine" / f"rank-{self.world.rank:05d}.safetensors")
+    def latest(self) -> tuple[Path, Progress] | None:
+        """The newest checkpoint whose files are as they were written, or None for a fresh run.
 
-        def finish() -> None:
-            save_model(partial / "model", model.state_dict().items(), companions)
-            write_json(partial / "trainer.json", asdict(progress))
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(partial, final)
-            _replace_text(self.dir / "latest", final.name)
-            self._prune()
+        Every rank calls this, and reads a share of the files. Newer ones that are broken are
+        renamed, and told in `about`.
 
-        self.world.check_in()
-        self.world.from_first(finish)
-
-    def _prune(self) -> None:
-        checkpoints = self.checkpoints()
-        for folder in checkpoints[: -self.config.save_total_limit]:
-            shutil.rmtree(folder)
-        for folder in checkpoints[:-ENGINES_KEPT]:
-            shutil.rmtree(folder / "engine", ignore_errors=True)
-
-
-def restore_engine(folder: Path, engine: Engine, updates: int, rank: int) -> None:
-    """Fill the engine's fragments from a checkpoint that any number of ranks wrote.
-
-    Raises UsageError where the checkpoint does not hold all of a parameter.
-    """
-    stored = _StoredFragments(folder / "engine")
-    for fragment in engine.fragments():
-        stored.read_into(fragment)
-    engine.restored(updates)
-    own = folder / "engine" / f"rank-{rank:05d}.safetensors"
-    if own.exists():
-        with safe_open(own, framework="pt") as file:
-            torch.set_rng_state(file.get_tensor("rng"))
-
-
-class _StoredFragments:
-    """Fragments on disk by parameter and kind, whichever rank wrote them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.pieces: dict[tuple[str, str], list[tuple[int, int, object, str]]] = defaultdict(list)
-        for path in sorted(folder.glob("rank-*.safetensors")):
-            file = safe_open(path, framework="pt")
-            for key in file.keys():  # noqa: SIM118 - not a dict
-                if key == "rng":
-                    continue
-                parameter, kind, start = key.split("|")
-                (length,) = file.get_slice(key).get_shape()
-                self.pieces[parameter, kind].append((int(start), length, file, key))
-
-    def read_into(self, wanted: Fragment) -> None:
-        begin, end = wanted.start, wanted.start + len(wanted.values)
-        covered = 0
-        for start, length, file, key in self.pieces[wanted.parameter, wanted.kind]:
-            low, high = max(begin, start), min(end, start + length)
-            if low < high:
-                piece = file.get_slice(key)[low - start : high - start]
-                wanted.values[low - begin : high - begin].copy_(piece)
-                covered += high - low
-        if covered != end - begin:
+        Raises UsageError where there are checkpoints but none can be resumed.
+        """
+        broken: dict[Path, str] = {}
+        for folder in reversed(self.world.from_first(self.checkpoints)):
+            try:
+                progress = self._read(folder)
+            except CheckpointError as error:
+                broken[folder] = str(error)
+                continue
+            self.world.from_first(partial(self._resume, folder, broken))
+            return folder, progress
+        if broken:
+            flaws = "; ".join(f"{folder.name}: {flaw}" for folder, flaw in broken.items())
             raise UsageError(
-                f"{self.folder} holds {covered} of {end - begin} values of {wanted.parameter} "
-                f"({wanted.kind}); was it written with other freeze options?"
+                f"{self.dir} has no checkpoint that can be resumed ({flaws}); restore one, or "
+                "give another output_dir"
             )
+        return None
 
+    def _read(self, folder: Path) -> Progress:
+        """CheckpointError, on every rank, says what is wrong with a checkpoint."""
+        if not self.world.from_first((folder / "engine").is_dir):
+            raise CheckpointError("it keeps its model alone")
+        files = list(self.world.from_first(lambda: read_checksums(folder)).items())
+        share = files[self.world.rank :: self.world.size]
+        flaws = self.world.gather([flaw(folder, *file) for file in share])
+        for text in filter(None, flaws):
+            raise CheckpointError(text)
+        return Progress(**json.loads((folder / "trainer.json").read_text(encoding="utf-8")))
 
-def _key(fragment: Fragment) -> str:
-    return f"{fragment.parameter}|{fragment.kind}|{fragment.start}"
+    def _resume(self, whole: Path, broken: dict[Path, str]) -> None:
+        for folder, text in broken.items():
+            names = (f"{folder.name}.broken{number or ''}" for number in count())
+            name = next(name for name in names if not (self.dir / name).exists())
+            os.replace(folder, self.dir / name)
+            self.about.append(
+                f"{folder.name} cannot be resumed ({text}); it is now {name}, and the run goes on "
+                f"from {whole.name}"
+            )
+        write_text(self.dir / "latest", whole.name)
 
+    # ---- writing
 
-def _fresh_folder(folder: Path) -> None:
-    shutil.rmtree(folder.parent, ignore_errors=True)
-    folder.mkdir(parents=True)
+    def save(self, model: nn.Module, engine: Engine, progress: Progress, companions: Path) -> None:
+        """Copy the state to the host's memory, and let a thread write checkpoint-<step>; every
+        rank calls this.
 
+        Args:
+            companions: has the tokenizer and processor files of the run's first checkpoint; the
+                others take them from the one before, since an old one may be gone.
 
-def _replace_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)
+        Raises:
+            SaveError: the last checkpoint could not be written.
+        """
+        began = time.perf_counter()
+        self._writer.wait()
+        before = self.checkpoints()
+        snapshot = Snapshot(
+            self._copies.take((key_of(f), f.values) for f in engine.fragments()) | random_state(),
+            self._copies.take(model.state_dict().items()) if self.world.first else {},
+            asdict(progress),
+            before[-1] / "model" if before else companions,
+        )
+        waited = time.perf_counter() - began
+        self._writer.start(lambda: self._write(snapshot, progress.step, waited))
+
+    @property
+    def failed(self) -> bool:
+        """This rank knows that a checkpoint could not be written; the next save raises it."""
+        return self._writer.failed
+
+    def saved(self) -> list[dict[str, float]]:
+        """Of each checkpoint written since the last call: its step, seconds in all, seconds for
+        which training waited, and gigabytes."""
+        saved, self._saved = self._saved, []
+        return saved
+
+    def _write(self, snapshot: Snapshot, step: int, waited: float) -> None:
+        """In the thread of each rank."""
+        began, world = time.perf_counter(), self.world.background
+        final = self.dir / f"checkpoint-{step}"
+        folder = final.with_name(final.name + ".partial")
+        try:
+            size = snapshot.write(folder, world)
+            world.from_first(lambda: self._put_in_place(folder, final))
+        except (OSError, UsageError, CheckpointError) as error:
+            if world.first:
+                shutil.rmtree(folder, ignore_errors=True)
+            reason = getattr(error, "strerror", None) or error
+            whole = [checkpoint.name for checkpoint in self.checkpoints()]
+            resumed = f"from {whole[-1]}" if whole else "from the start"
+            raise SaveError(
+                f"{final} could not be written: {reason}; the same command goes on {resumed}"
+            ) from error
+        seconds = time.perf_counter() - began + waited
+        self._saved.append(
+            {"step": step, "seconds": seconds, "waited": waited, "gigabytes": size / 1e9}
+        )
+
+    def _put_in_place(self, folder: Path, final: Path) -> None:
+        os.replace(folder, final)
+        write_text(self.dir / "latest", final.name)  # which syncs the rename, too
+        checkpoints = self.checkpoints()
+        for old in checkpoints[: -self.config.save_total_limit]:
+            self._delete(old, old)
+        for old in checkpoints[-self.config.save_total_limit : -ENGINES_KEPT]:
+            if (old / "engine").exists():
+                self._delete(old / "engine", old)
+
+    def _delete(self, folder: Path, checkpoint: Path) -> None:
+        """At once or not at all: what a kill leaves of it the next start clears away."""
+        doomed = checkpoint.with_name(checkpoint.name + ".partial")
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed)

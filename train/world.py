@@ -9,15 +9,17 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
-MISSING_AFTER = timedelta(minutes=15)
-"""A rank that has not reached a step by then is reported as missing."""
+from train.config import TrainConfig
+from train.pulse import Pulse
+
 INDEXING_TAKES = timedelta(hours=12)
 """While the first rank indexes the data the others wait."""
 
@@ -29,12 +31,21 @@ class World:
     device: torch.device
     launched: bool
     """By torchrun; else this is one plain process."""
+    timeout: timedelta = timedelta(seconds=TrainConfig.ddp_timeout)
+    """After which a rank that does not answer is called missing."""
     group: Any = None
     """The CPU group; None for a plain process."""
+    spare_group: Any = None
+    """Another one, for `background`."""
+    pulse: Pulse | None = None
 
     @classmethod
-    def start(cls) -> "World":
+    def start(
+        cls, deterministic: bool = False, ddp_timeout: float = TrainConfig.ddp_timeout
+    ) -> "World":
         """Join the ranks that torchrun started, or be alone."""
+        if deterministic:
+            _be_deterministic()
         cuda = torch.cuda.is_available()
         if "RANK" not in os.environ:
             return cls(0, 1, torch.device("cuda" if cuda else "cpu"), launched=False)
@@ -44,12 +55,30 @@ class World:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if cuda else "gloo", timeout=INDEXING_TAKES)
-        group = dist.new_group(backend="gloo", timeout=INDEXING_TAKES)
-        return cls(dist.get_rank(), dist.get_world_size(), device, launched=True, group=group)
+        group, spare = (dist.new_group(backend="gloo", timeout=INDEXING_TAKES) for _ in range(2))
+        rank, size = dist.get_rank(), dist.get_world_size()
+        pulse, timeout = Pulse(rank, size, ddp_timeout), timedelta(seconds=ddp_timeout)
+        return cls(rank, size, device, True, timeout, group, spare, pulse)
 
     def stop(self) -> None:
         if self.launched:
+            self.pulse.stop()
             dist.destroy_process_group()
+
+    def limit_waits(self) -> None:
+        """From here on no collective, of whichever group, waits longer than the timeout."""
+        for group in distributed_c10d._world.pg_map if self.launched else ():
+            distributed_c10d._set_pg_timeout(self.timeout, group)
+
+    def leave_if_rank_lost(self, error: RuntimeError) -> None:
+        """Where an error comes of a rank that is gone, say so and end this process."""
+        if self.size > 1:
+            self.pulse.leave_if_rank_lost(error)
+
+    @property
+    def background(self) -> "World":
+        """The same ranks over a CPU group of its own, for a thread beside the training."""
+        return replace(self, group=self.spare_group, pulse=None)
 
     @property
     def first(self) -> bool:
@@ -58,12 +87,14 @@ class World:
     def check_in(self) -> None:
         """Wait for every rank; RuntimeError names one that is missing."""
         if self.size > 1:
-            dist.monitored_barrier(self.group, timeout=MISSING_AFTER)
+            self._arrive()
+            dist.monitored_barrier(self.group, timeout=self.timeout)
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element by element over all ranks, in float64."""
         totals = torch.tensor(values, dtype=torch.float64)
         if self.size > 1:
+            self._arrive()
             dist.all_reduce(totals, group=self.group)
         return totals.tolist()
 
@@ -71,6 +102,7 @@ class World:
         """The lists of all ranks, one after the other."""
         if self.size == 1:
             return items
+        self._arrive()
         lists: list[list] = [[] for _ in range(self.size)]
         dist.all_gather_object(lists, items, group=self.group)
         return [item for part in lists for item in part]
@@ -79,6 +111,7 @@ class World:
         """What `work` returns (or raises) on the first rank, on every rank."""
         if self.size == 1:
             return work()
+        self._arrive()
         outcome: list[Any] = [None, None]
         if self.first:
             try:
@@ -108,6 +141,18 @@ class World:
             if error is not None:
                 raise error
         return outcomes[self.rank - local_rank][0]
+
+    def _arrive(self) -> None:
+        if self.pulse:
+            self.pulse.place += 1
+
+
+def _be_deterministic() -> None:
+    """Refuse kernels whose result depends on the order in which threads come."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would cost a pass each
+    torch.backends.cudnn.benchmark = False
 
 
 def _die_with_parent() -> None:

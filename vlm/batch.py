@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,14 +46,15 @@ class Segments:
             starts.setdefault(length, []).append(start)
         if len(starts) == 1:
             return [(self.lengths[0], None)], None
-        device = self.cu_seqlens.device
-        groups = [
-            (length, (torch.tensor(first)[:, None] + torch.arange(length)).flatten().to(device))
-            for length, first in starts.items()
-        ]
-        order = torch.cat([rows for _, rows in groups])
-        in_place = bool((order.cpu() == torch.arange(len(order))).all())
-        return groups, None if in_place else torch.argsort(order)
+        # in numpy: a torch.Tensor that is looked at may be one that the host must wait for
+        rows = [(np.array(first)[:, None] + np.arange(n)).ravel() for n, first in starts.items()]
+        order = np.concatenate(rows)
+        in_place = np.array_equal(order, np.arange(len(order)))
+        groups = list(zip(starts, map(self._on_device, rows), strict=True))
+        return groups, None if in_place else self._on_device(np.argsort(order))
+
+    def _on_device(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(rows).to(self.cu_seqlens.device)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Segments":
         return _each(self, lambda x: x.to(device, non_blocking=non_blocking))

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlm.recompute import pointwise
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation (arXiv:1910.07467) over the last axis.
@@ -18,6 +20,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        return pointwise(self._normalise, x)
+
+    def _normalise(self, x: Tensor) -> Tensor:
         exact = x.float()
         exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * exact.to(x.dtype)
@@ -33,4 +38,8 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(hidden, size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(pointwise(_gated, self.gate_proj(x), self.up_proj(x)))
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up

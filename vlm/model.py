@@ -94,10 +94,12 @@ class VisionLanguageModel(nn.Module):
         # graph; features times zero would turn an inf into a nan.
         return x + features[:0].sum()
 
-    def set_recompute(self, policy: Policy) -> None:
-        """Activation checkpointing of both towers' blocks (`vlm/recompute.py`)."""
-        check_policy(policy)
-        self.visual.recompute = self.language_model.recompute = policy
+    def set_recompute(self, vit: Policy, llm: Policy) -> None:
+        """Activation checkpointing of each tower's blocks, the merger among the ViT's
+        (`vlm/recompute.py`)."""
+        for policy in (vit, llm):
+            check_policy(policy)
+        self.visual.recompute, self.language_model.recompute = vit, llm
 
 
 @torch.no_grad()

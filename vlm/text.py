@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlm.config import TextConfig
 from vlm.layers import RMSNorm, SwiGLU
-from vlm.recompute import Policy, run_block
+from vlm.recompute import Policy, pointwise, run_block
 from vlm.rope import apply_mrope, apply_rope, mrope_tables, rope_tables
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -85,7 +85,9 @@ class Attention(nn.Module):
             proj(x).unflatten(1, (-1, self.head_dim))
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self.rotate(q, cos, sin), self.rotate(k, cos, sin)
+        q = pointwise(lambda q: self._turned(q, self.q_norm, cos, sin), q)
+        k = pointwise(lambda k: self._turned(k, self.k_norm, cos, sin), k)
         return self.o_proj(attend(self.index, q, k, v).flatten(1))
+
+    def _turned(self, x: Tensor, norm: RMSNorm | None, cos: Tensor, sin: Tensor) -> Tensor:
+        return self.rotate(x if norm is None else norm(x), cos, sin)

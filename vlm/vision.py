@@ -18,7 +18,7 @@ from vlm.attention import varlen_attention
 from vlm.batch import Segments, VisionPlan
 from vlm.config import VisionConfig
 from vlm.layers import RMSNorm, SwiGLU
-from vlm.recompute import Policy, run_block
+from vlm.recompute import Policy, pointwise, run_block
 from vlm.rope import apply_vision_rope, vision_tables
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -97,7 +97,7 @@ class VisionTower(nn.Module):
             torch.is_grad_enabled() and any(p.requires_grad for p in trunk)
         ):
             x = self.trunk(patches, plan)
-        return self.merger(x)[plan.reverse_index]
+        return run_block(self.merger, self.recompute, x)[plan.reverse_index]
 
     def trunk(self, patches: Tensor, plan: VisionPlan) -> Tensor:
         """patches (P, patch_dim) uint8 -> (P, D), what the merger reads, in window order."""
@@ -147,7 +147,7 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
         q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)  # (P, H, E) each
-        q, k = apply_vision_rope(q, cos, sin), apply_vision_rope(k, cos, sin)
+        q, k = (pointwise(apply_vision_rope, x, cos, sin) for x in (q, k))
         return self.proj(varlen_attention(q, k, v, segments, causal=False).flatten(1))
 
 
@@ -164,4 +164,6 @@ class PatchMerger(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(P, D) -> (V, out_hidden_size)."""
-        return self.mlp(self.ln_q(x).view(-1, self.mlp[0].in_features))
+        first, gelu, second = self.mlp
+        joined = self.ln_q(x).view(-1, first.in_features)
+        return second(pointwise(gelu, first(joined)))

@@ -14,18 +14,15 @@ from vlm.batch import Batch
 from vlm.config import VLMConfig
 from vlm.cost import (
     PARTS,
-    causal_attention,
-    decoder_linear,
     flops_by_module,
-    head_linear,
-    merger_linear,
+    names_of,
     parameter_counts,
     parameters_by_module,
     part_of,
     sample_flops,
     sample_flops_array,
-    tower_attention,
-    tower_linear,
+    text_flops,
+    vision_flops,
 )
 from vlm.data.collate import collate
 from vlm.data.processor import Example
@@ -69,44 +66,89 @@ def addmm_flops(_sum, left, right, **_) -> int:
     return 2 * left[0] * left[1] * right[1]
 
 
-def counted(config: VLMConfig, sizes: Sizes, trains: Collection[str]) -> int:
+def names(config: VLMConfig) -> list[str]:
+    with torch.device("meta"):
+        return [name for name, _ in VisionLanguageModel(config).named_parameters()]
+
+
+def counted(config: VLMConfig, sizes: Sizes, trained: Collection[str]) -> int:
     """FLOPs that torch counts on the meta device, with every pair of attention."""
     with torch.device("meta"):
         model = VisionLanguageModel(config)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in trains)
+        parameter.requires_grad_(name in trained)
     batch = on_meta(collate([example(config, sizes)], config))
     in_place = {torch.ops.aten.addmm_: addmm_flops}  # the head's gradient; torch has no formula
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         hidden = model(batch)
         loss = cross_entropy_sum(hidden, model.head_weight, batch.targets)
-        if trains:
+        if trained:
             loss.backward()
     return counter.get_total_flops()
 
 
-def expected(config: VLMConfig, sizes: Sizes, trains: Collection[str]) -> float:
-    """`sample_flops` and what torch counts besides: the masked half of causal attention; for a
-    merger that trains alone, the gradient that reaches its first norm through its first map."""
-    text, (length, grids, _) = config.text, sizes
-    width = text.num_attention_heads * text.head_dim * text.num_hidden_layers
-    flops = sample_flops(config, *sizes, trains)
-    flops += (3 if trains else 1) * (4 * width * length**2 - causal_attention(text, length))
-    if "aligner" in trains and "vit" not in trains:
-        visual = sum(t * h * w for t, h, w in grids) // config.vision.merge_unit
-        flops += visual * merger_linear(config.vision)[0]
-    return flops
+def expected(config: VLMConfig, sizes: Sizes, trained: Collection[str]) -> float:
+    """`sample_flops` and what torch counts besides: the masked half of causal attention; in the
+    lowest block that trains, the gradient that reaches its first norm through its first maps."""
+    text, vision, (length, grids, _) = config.text, config.vision, sizes
+    trains = names_of(trained, names(config))
+    counts = sample_flops(config, *sizes, trains)
+    width = text.num_attention_heads * text.head_dim
+    halved = text_flops(text, length, 0, trains)["causal attention"]
+    counts += 4 * width * length**2 * halved / (2 * width * length * (length + 1)) - halved
+    patches = sum(t * h * w for t, h, w in grids)
+    norm = next((n for n in names(config) if n in trained and n.endswith(FIRST_NORMS)), "")
+    if ".merger." in norm and "vit" not in trains:
+        joined = vision.hidden_size * vision.merge_unit
+        counts += patches // vision.merge_unit * 2 * joined**2
+    if ".blocks." in norm and "model.visual.patch_embed.proj.weight" not in trained:
+        counts += patches * 2 * 3 * vision.hidden_size**2
+    if ".layers." in norm and "model.language_model.embed_tokens.weight" not in trained:
+        heads = text.num_attention_heads + 2 * text.num_key_value_heads
+        counts += length * 2 * text.hidden_size * heads * text.head_dim
+    return counts
 
 
-@pytest.mark.parametrize("trains", TRAINS, ids="+".join)
-def test_a_sample_costs_what_torch_counts(trains):
+FIRST_NORMS = ("norm1.weight", "ln_q.weight", "input_layernorm.weight")
+CASES = {
+    "+".join(parts) or "forward": lambda name, parts=parts: part_of(name) in parts
+    for parts in TRAINS
+}
+LAST = {
+    "last blocks": lambda name: name.startswith(
+        ("model.visual.blocks.3.", "model.visual.blocks.2.")
+    ),
+    "last layers": lambda name: name.startswith(
+        ("model.language_model.layers.2.", "model.language_model.norm.", "lm_head.")
+    ),
+    "last layers and the merger": lambda name: name.startswith(
+        ("model.language_model.layers.2.", "model.visual.merger.")
+    ),
+}
+CASES |= LAST
+CASES |= {
+    "head": lambda name: name == "lm_head.weight",
+    "embedding": lambda name: "embed_tokens" in name,
+    "queries": lambda name: name.endswith("q_proj.weight"),
+    "up in the second layer": lambda name: name.endswith("layers.1.mlp.up_proj.weight"),
+    "down of the tower": lambda name: name.endswith("blocks.0.mlp.down_proj.weight"),
+    "all but norms and biases": lambda name: name.endswith("weight") and "norm" not in name,
+    "second map of the merger": lambda name: name.endswith("merger.mlp.2.weight"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_sample_costs_what_torch_counts(case):
+    """Whatever trains: parts, the last layers, single matrices."""
     config = parse_config(hybrid_config())
-    assert counted(config, SMALL, trains) == expected(config, SMALL, trains)
+    trained = [name for name in names(config) if CASES[case](name)]
+    assert counted(config, SMALL, trained) == expected(config, SMALL, trained)
 
 
 @pytest.mark.parametrize("trains", [(), ("aligner",), PARTS], ids=["forward", "stage1", "stage2"])
 def test_a_sample_costs_what_torch_counts_at_full_size(trains):
-    assert counted(EIGHT_BILLION, LARGE, trains) == expected(EIGHT_BILLION, LARGE, trains)
+    trained = [name for name in names(EIGHT_BILLION) if part_of(name) in trains]
+    assert counted(EIGHT_BILLION, LARGE, trained) == expected(EIGHT_BILLION, LARGE, trained)
 
 
 @pytest.mark.parametrize("trains", TRAINS, ids="+".join)
@@ -155,17 +197,16 @@ def test_the_8b_hybrid_has_its_published_sizes():
 
 def test_the_8b_hybrid_has_its_published_costs():
     """Forward GFLOPs per token, target token, visual token of a large image."""
-    text, vision = EIGHT_BILLION.text, EIGHT_BILLION.vision
-    first, second = merger_linear(vision)
-    assert 2 * first + 3 * second == pytest.approx(2.45 * (first + second), rel=3e-3)  # stage 1
-    assert decoder_linear(text) == pytest.approx(13.89e9, rel=1e-3)
-    assert head_linear(text) == pytest.approx(1.245e9, rel=1e-3)
-    assert sum(merger_linear(vision)) == pytest.approx(0.0944e9, rel=1e-3)
-    height, width = 64, 80  # 5,120 patches
-    embedding = 2 * vision.patch_dim * vision.hidden_size
-    per_patch = tower_linear(vision) + embedding + tower_attention(vision, height, width) / 5120
-    assert 4 * per_patch == pytest.approx(5.51e9, rel=2e-3)
-    assert causal_attention(text, 8192) / 8192 == pytest.approx(2 * 8192 * 4096 * 36, rel=1e-3)
+    text = text_flops(EIGHT_BILLION.text, 8192, 1, ())
+    image = 1, 64, 80  # 1,280 visual tokens
+    vision = vision_flops(EIGHT_BILLION.vision, *image, ())
+    stage_1 = vision_flops(EIGHT_BILLION.vision, *image, ("aligner",))
+    assert stage_1["merger"] == pytest.approx(2.45 * vision["merger"], rel=3e-3)
+    assert text["decoder linear"] / 8192 == pytest.approx(13.89e9, rel=1e-3)
+    assert text["head"] == pytest.approx(1.245e9, rel=1e-3)
+    assert vision["merger"] / 1280 == pytest.approx(0.0944e9, rel=1e-3)
+    assert vision["vision tower"] / 1280 == pytest.approx(5.51e9, rel=2e-3)
+    assert text["causal attention"] / 8192 == pytest.approx(2 * 8192 * 4096 * 36, rel=1e-3)
 
 
 def test_what_trains_sets_the_factor():
@@ -174,7 +215,7 @@ def test_what_trains_sets_the_factor():
     forward, stage_1, stage_2 = (
         sample_flops(EIGHT_BILLION, *text, trains) for trains in ((), {"aligner"}, set(PARTS))
     )
-    attention = causal_attention(EIGHT_BILLION.text, 1000)
+    attention = text_flops(EIGHT_BILLION.text, 1000, 0, ())["causal attention"]
     assert stage_2 == 3 * forward
     assert stage_1 == 2 * (forward - attention) + 3 * attention
 

@@ -16,11 +16,11 @@ from tests.test_readme import blocks, commands
 from tests.tiny import GOLDEN_MODEL, hybrid_config, write_hybrid
 from vlm.cost import CONVENTION, PARTS, parameters_by_module, sample_flops
 from vlm.cost.__main__ import main
+from vlm.cost.hardware import PEAKS
 from vlm.cost.memory import Load, decoder_layer
 from vlm.cost.report import (
     LARGEST_IMAGE,
     LONGEST,
-    PEAKS,
     Setup,
     communication,
     largest_micro_batch,
@@ -99,8 +99,12 @@ def test_the_doc_states_the_convention_and_what_the_units_are():
     assert all(f"`{device}` {peak:,}" in text for device, peak in PEAKS.items())
     assert all(f"`{policy}`" in DOC for policy in get_args(Policy))
     config = EIGHT_BILLION.text
-    kept = config.num_hidden_layers * decoder_layer(config, 1, True, 2)
-    assert f"`none` keeps {kept / 1e6:.2f} MB, `full` 0.295 MB" in text
+    kept = [
+        config.num_hidden_layers * decoder_layer(config, 1, True, policy, 2) / 1e6
+        for policy in get_args(Policy)
+    ]
+    assert f"`none` keeps {kept[0]:.2f} MB, `pointwise` {kept[1]:.2f} MB" in text
+    assert f"`full` {kept[2]:.3f} MB" in text
 
 
 def test_the_commands_of_the_doc_run(tmp_path, monkeypatch, capsys):

@@ -1,12 +1,13 @@
 """The memory model against what a real backward pass saves and allocates, byte by byte."""
 
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from tests.model.full_size import EIGHT_BILLION
@@ -16,7 +17,7 @@ from train.engine import PlainEngine
 from train.freeze import freeze
 from vlm.batch import Batch
 from vlm.config import VLMConfig
-from vlm.cost import PARTS, parameter_counts, part_of
+from vlm.cost import PARTS, any_trains, names_of, parameter_counts
 from vlm.cost.memory import (
     BUCKET,
     Load,
@@ -31,12 +32,19 @@ from vlm.data.processor import Example
 from vlm.hf_config import parse_config
 from vlm.loss import CHUNK_ROWS, cross_entropy_sum
 from vlm.model import VisionLanguageModel
+from vlm.recompute import Policy
 
 TRAINS = [parts for n in range(1, 4) for parts in combinations(PARTS, n)]
 STAGES = {"stage1": ("aligner",), "stage2": PARTS}
 WHOLE_WINDOWS = [(2, 16, 24)]  # one window shape: SDPA on a CPU then copies no rows, as on a GPU
 TOKENS, TARGETS = 250, 23
 SIZES = {torch.bfloat16: 2, torch.float32: 4}
+POLICIES = [
+    *zip(get_args(Policy), get_args(Policy), strict=True),
+    ("pointwise", "full"),
+    ("full", "none"),
+]
+"""Of the ViT and of the language model."""
 
 
 def micro_batch(
@@ -52,72 +60,84 @@ def micro_batch(
     return collate([Example("x", ids, targets, None, positions, patches, tuple(grids))], config)
 
 
-def tensors(record) -> list[Tensor]:
-    """All of a batch's own."""
-    found = []
-    for field in fields(record):
-        value = getattr(record, field.name)
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif hasattr(value, "__dataclass_fields__"):
-            found += tensors(value)
-    return found
-
-
-def saved_bytes(model: VisionLanguageModel, batch: Batch) -> int:
-    """Storages that autograd keeps after a forward pass, each once, beside weights and batch."""
-    own = {x.untyped_storage()._cdata for x in (*model.parameters(), *tensors(batch))}
-    kept = {}
-
-    def keep(x: Tensor) -> Tensor:
-        kept[x.untyped_storage()._cdata] = x.untyped_storage()  # held: an address is used once
-        return x
-
-    with saved_tensors_hooks(keep, lambda x: x):
-        cross_entropy_sum(model(batch), model.head_weight, batch.targets)
-    return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
-
-
-def peak_bytes(work) -> int:
-    """Most bytes that `work` has allocated at any time."""
+def memory_of(work: Callable[[], object]) -> tuple[int, int]:
+    """Bytes that `work` has allocated: those that its result keeps, and the most at any time."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work()
+        result = work()
     events = profiler.profiler.kineto_results.events()
+    del result
     held = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
             held += event.nbytes()
             most = max(most, held)
-    return most
+    return held, most
 
 
-def prepared(model: VisionLanguageModel, trains, policy: str, dtype) -> VisionLanguageModel:
+def saved_bytes(model: VisionLanguageModel, batch: Batch) -> int:
+    """What a forward pass leaves behind with the graph of its loss."""
+
+    def forward() -> Tensor:
+        return cross_entropy_sum(model(batch), model.head_weight, batch.targets)
+
+    forward()  # the batch's segments group themselves when first used
+    held, _ = memory_of(forward)
+    return held - 4  # the loss
+
+
+def prepared(model: VisionLanguageModel, trains, policies, dtype) -> VisionLanguageModel:
     for name, parameter in model.to(dtype).named_parameters():
-        parameter.requires_grad_(part_of(name) in trains)
-    model.set_recompute(policy)
+        parameter.requires_grad_(any_trains(name, trains))
+    model.set_recompute(*policies)
     return model
 
 
 @pytest.mark.parametrize("dtype", SIZES, ids=str)
-@pytest.mark.parametrize("policy", ["none", "full"])
+@pytest.mark.parametrize("policies", POLICIES, ids="-".join)
 @pytest.mark.parametrize("trains", TRAINS, ids="+".join)
-def test_activations_are_the_bytes_that_autograd_saves(trains, policy, dtype):
+def test_activations_are_the_bytes_that_autograd_saves(trains, policies, dtype):
     """Exactly, whatever trains; a frozen tower saves nothing."""
-    model = prepared(hybrid(), trains, policy, dtype)
+    model = prepared(hybrid(), trains, policies, dtype)
     (t, h, w) = WHOLE_WINDOWS[0]
     for grids, patches in ((WHOLE_WINDOWS, t * h * w), ([], 0)):
         load = Load(TOKENS, TARGETS, patches)
-        saved = saved_activations(model.config, load, trains, policy, SIZES[dtype])
+        saved = saved_activations(model.config, load, trains, policies, SIZES[dtype])
         assert saved_bytes(model, micro_batch(model.config, grids)) == sum(saved.values())
         assert ("vit" in trains) == bool(saved["vision tower"])
 
 
+PARTLY = {
+    "last blocks": ("model.visual.blocks.3.", "model.visual.blocks.2."),
+    "first block": ("model.visual.patch_embed.", "model.visual.blocks.0."),
+    "last layer": ("model.language_model.layers.2.", "model.language_model.norm.", "lm_head."),
+    "middle layer": ("model.language_model.layers.1.", "model.visual.merger."),
+}
+
+
+@pytest.mark.parametrize("dtype", SIZES, ids=str)
+@pytest.mark.parametrize("policies", POLICIES[:3], ids="-".join)
+@pytest.mark.parametrize("case", PARTLY)
+def test_a_partly_frozen_part_saves_what_is_said(case, policies, dtype):
+    """Nothing below the first block that trains, and above it less in those that do not. That
+    block's first norm keeps no copy of an input without a gradient, which is said not to matter."""
+    model = hybrid()
+    names = [name for name, _ in model.named_parameters()]
+    trains = names_of([name for name in names if name.startswith(PARTLY[case])], names)
+    prepared(model, trains, policies, dtype)
+    load = Load(TOKENS, TARGETS, 768)
+    saved = saved_activations(model.config, load, trains, policies, SIZES[dtype])
+    held = saved_bytes(model, micro_batch(model.config, WHOLE_WINDOWS))
+    copies = {"last blocks": 768 * (64 + 1) * 4, "last layer": TOKENS * (48 + 1) * 4}
+    assert sum(saved.values()) - held == (policies[0] == "none") * copies.get(case, 0)
+
+
+@pytest.mark.parametrize("policies", POLICIES[:2], ids="-".join)
 @pytest.mark.parametrize("text", [{"qk_norm": False, "qkv_bias": True}, {"mrope_section": None}])
-def test_other_decoders_save_what_is_said_too(text):
+def test_other_decoders_save_what_is_said_too(text, policies):
     config = parse_config(hybrid_config())
     config = replace(config, text=replace(config.text, **text))
-    model = prepared(VisionLanguageModel(config), PARTS, "none", torch.bfloat16)
-    saved = saved_activations(config, Load(TOKENS, TARGETS, 768), PARTS, "none", 2)
+    model = prepared(VisionLanguageModel(config), PARTS, policies, torch.bfloat16)
+    saved = saved_activations(config, Load(TOKENS, TARGETS, 768), PARTS, policies, 2)
     assert saved_bytes(model, micro_batch(config, WHOLE_WINDOWS)) == sum(saved.values())
 
 
@@ -139,7 +159,7 @@ def peaks(stage, load: Load, policy, dtype, tower, decoder) -> tuple[int, int]:
         intermediate_size=tower[1], out_hidden_size=decoder[0],
     )  # fmt: skip
     config = replace(base, vision=vision, text=text)
-    model = prepared(VisionLanguageModel(config), STAGES[stage], policy, dtype)
+    model = prepared(VisionLanguageModel(config), STAGES[stage], (policy, policy), dtype)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -149,12 +169,12 @@ def peaks(stage, load: Load, policy, dtype, tower, decoder) -> tuple[int, int]:
     def step() -> None:
         cross_entropy_sum(model(batch), model.head_weight, batch.targets).backward()
 
-    predicted = peak_activations(config, load, STAGES[stage], policy, SIZES[dtype])
-    return peak_bytes(step), sum(predicted.values())
+    predicted = peak_activations(config, load, STAGES[stage], (policy, policy), SIZES[dtype])
+    return memory_of(step)[1], sum(predicted.values())
 
 
 @pytest.mark.parametrize("dtype", SIZES, ids=str)
-@pytest.mark.parametrize("policy", ["none", "full"])
+@pytest.mark.parametrize("policy", get_args(Policy))
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_peak_is_what_is_really_allocated(stage, load, policy, dtype):
@@ -177,7 +197,7 @@ def test_the_logits_take_what_is_said(rows, dtype):
     text = replace(parse_config(hybrid_config()).text, vocab_size=200)
     hidden = torch.randn(rows, 8, dtype=dtype, requires_grad=True)
     weight, targets = torch.randn(200, 8, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
-    peak = peak_bytes(lambda: cross_entropy_sum(hidden, weight, targets))
+    _, peak = memory_of(lambda: cross_entropy_sum(hidden, weight, targets))
     assert peak - hidden.nbytes == pytest.approx(loss_memory(text, rows, SIZES[dtype]), rel=0.02)
 
 
@@ -228,6 +248,8 @@ def test_zero_spreads_all_that_is_float32():
 def test_the_8b_hybrid_saves_what_was_published():
     """MB per token: all of it as a HF-like model would, and under full checkpointing."""
     layers, text = EIGHT_BILLION.text.num_hidden_layers, EIGHT_BILLION.text
-    assert layers * decoder_layer(text, 1, True, 2) == pytest.approx(7.76e6, rel=5e-3)
-    kept = saved_activations(EIGHT_BILLION, Load(10_000, 1, 0), PARTS, "full", 2)["decoder"]
+    assert layers * decoder_layer(text, 1, True, "none", 2) == pytest.approx(7.76e6, rel=5e-3)
+    kept = saved_activations(EIGHT_BILLION, Load(10_000, 1, 0), PARTS, ("full", "full"), 2)[
+        "decoder"
+    ]
     assert kept / 10_000 == pytest.approx(0.295e6, rel=5e-3)

@@ -86,7 +86,7 @@ def test_the_largest_figures_stay_numbers(tmp_path):
     report = make_report(EIGHT_BILLION, samples, setup)
     flops = sample_flops(EIGHT_BILLION, LARGEST, [], LARGEST, PARTS)
     assert report["samples"]["FLOPs"] == flops > 0
-    layer = decoder_layer(EIGHT_BILLION.text, 1, True, 2)
+    layer = decoder_layer(EIGHT_BILLION.text, 1, True, "none", 2)
     kept = report["memory"]["activations"]["decoder"]
     assert kept == pytest.approx(
         EIGHT_BILLION.text.num_hidden_layers * layer * LARGEST**2, rel=0.01

@@ -1,6 +1,6 @@
 """train/sft.py that is killed while it writes checkpoint-$KILL_AT: a script for torchrun.
 
-The moment is the worst one: every rank's fragments are on disk, the model is not.
+The moment is the worst one: the fragments are on the disk, the model is not.
 """
 
 import os
@@ -8,10 +8,10 @@ import signal
 import sys
 from pathlib import Path
 
-import train.state
+import train.snapshot
 from train.sft import main
 
-write = train.state.save_model
+write = train.snapshot.save_model
 
 
 def die_or_write(folder: Path, *args) -> None:
@@ -20,5 +20,5 @@ def die_or_write(folder: Path, *args) -> None:
     write(folder, *args)
 
 
-train.state.save_model = die_or_write
+train.snapshot.save_model = die_or_write
 sys.exit(main())

@@ -76,15 +76,23 @@ def command(
     setting: dict, out: Path, ranks: int, script: Path = ROOT / "train" / "sft.py", **options
 ) -> list[str]:
     """The command line of the same run; `ranks` 0 is plain Python."""
+    arguments = [str(script), "--config", str(write_config(setting, out, **options))]
+    return [sys.executable, *arguments] if not ranks else [*launcher(ranks), *arguments]
+
+
+def write_config(setting: dict, out: Path, **options) -> Path:
+    """The options of a run as YAML, in a new file beside `out`."""
     values = setting | {"output_dir": out} | OPTIONS | options
-    config = out.with_name(out.name + ".yaml")
     plain = {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+    number = len(list(out.parent.glob(f"{out.name}-*.yaml")))
+    config = out.with_name(f"{out.name}-{number}.yaml")
     config.write_text(yaml.safe_dump(plain))
-    arguments = [str(script), "--config", str(config)]
-    if not ranks:
-        return [sys.executable, *arguments]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, "--nproc_per_node", str(ranks), *arguments]
+    return config
+
+
+def launcher(ranks: int) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*command, "--nproc_per_node", str(ranks)]
 
 
 def environment() -> dict[str, str]:
@@ -135,8 +143,10 @@ def damage(picture: Path) -> None:
     picture.write_bytes(picture.read_bytes()[:100])
 
 
-def log_of(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+def log_of(run: Path, *events: str) -> list[dict]:
+    """The lines of its log that are of these events, else of what became of its steps."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [x for x in lines if x["event"] in (events or ("train", "skipped", "refused"))]
 
 
 def weights_of(run: Path, step: int) -> dict:

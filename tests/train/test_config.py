@@ -8,10 +8,9 @@ import pytest
 
 import train.sft
 from tests.tiny import write_hybrid
-from tests.train.runs import OPTIONS, ROOT, command, environment
+from tests.train.runs import OPTIONS, command, environment
 from train.command_line import parse
-from train.config import TrainConfig, UsageError
-from train.engine import deepspeed_config
+from train.config import UsageError
 from vlm.data.limits import environment_limits
 
 
@@ -119,29 +118,6 @@ def test_the_saved_config_is_the_run(plain_run):
     saved = parse(["--config", str(plain_run / "config.yaml")])
     assert {name: getattr(saved, name) for name in OPTIONS} == OPTIONS
     assert saved.output_dir == plain_run
-
-
-def test_a_deepspeed_file_of_another_stage_is_refused(tmp_path):
-    file = tmp_path / "ds.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
-    config = TrainConfig("m", ["d.jsonl"], "o", deepspeed=str(file))
-    with pytest.raises(UsageError, match="asks for ZeRO stage 3; only stage 2"):
-        deepspeed_config(config, 2)
-    file.write_text("{")
-    with pytest.raises(UsageError, match="neither 'zero2' nor a JSON file"):
-        deepspeed_config(config, 2)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_zero_accumulates_and_communicates_in_float32(dtype):
-    """DeepSpeed's own default for bfloat16 communicates in bfloat16."""
-    settings = deepspeed_config(TrainConfig("m", ["d.jsonl"], "o", dtype=dtype), 2)
-    assert settings["zero_optimization"]["stage"] == 2
-    assert settings["communication_data_type"] == "fp32"
-    assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
-    assert settings["managed_gradient_accumulation"] is False
-    assert ("bf16" in settings) == (dtype == "bfloat16")
-    assert str(ROOT) not in json.dumps(settings)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 
 from train.config import TrainConfig
 from train.freeze import Group
-from train.optim import learning_rate_scale, make_optimizer, set_learning_rate
+from train.optim import SCHEDULES, learning_rate_scale, make_optimizer, set_learning_rate
 
 TOTAL, WARMUP = 200, 10  # warmup_ratio 0.05
 
@@ -18,7 +18,7 @@ def scales(kind: str, total: int = TOTAL, **options) -> list[float]:
     return [learning_rate_scale(step, total, config) for step in range(total)]
 
 
-@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("kind", SCHEDULES)
 def test_the_warm_up_rises_in_a_straight_line_to_the_full_rate(kind):
     assert scales(kind)[: WARMUP + 1] == pytest.approx([step / WARMUP for step in range(11)])
 
@@ -44,20 +44,41 @@ def test_constant_stays():
     assert set(scales("constant")[WARMUP:]) == {1.0}
 
 
+def test_wsd_stays_at_the_full_rate_and_falls_at_the_end():
+    after = scales("wsd", decay_ratio=0.2)[WARMUP:]
+    steps = len(after) // 5
+    assert set(after[:-steps]) == {1.0}
+    assert after[-steps:] == pytest.approx([1 - step / steps for step in range(steps)])
+    assert set(scales("wsd", decay_ratio=0.0)[WARMUP:]) == {1.0}
+
+
+def test_a_number_of_warm_up_steps_goes_over_the_ratio():
+    rates = scales("constant", warmup_steps=4, warmup_ratio=0.5)
+    assert rates[:6] == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert scales("constant", warmup_steps=0, warmup_ratio=0.5)[0] == 1.0
+
+
 def test_no_warm_up_starts_at_the_full_rate():
     assert scales("cosine", warmup_ratio=0.0)[0] == 1.0
 
 
+@pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("total", [1, 2, 3])
-def test_the_shortest_runs_have_a_rate(total):
-    assert all(0 <= scale <= 1 for scale in scales("cosine", total=total))
+def test_the_shortest_runs_have_a_rate(total, kind):
+    assert all(0 <= scale <= 1 for scale in scales(kind, total=total))
+    assert all(0 <= scale < 1 for scale in scales(kind, total=total, warmup_steps=5))
 
 
 def test_the_schedule_equals_transformers():
     transformers = pytest.importorskip("transformers")
-    for kind in ("cosine", "linear"):
+    decay = {"num_decay_steps": (TOTAL - WARMUP) // 10, "decay_type": "linear"}
+    for kind, name, options in (
+        ("cosine", "cosine", None),
+        ("linear", "linear", None),
+        ("wsd", "warmup_stable_decay", decay),
+    ):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        theirs = transformers.get_scheduler(kind, optimizer, WARMUP, TOTAL)
+        theirs = transformers.get_scheduler(name, optimizer, WARMUP, TOTAL, options)
         for ours in scales(kind):
             assert ours == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
             optimizer.step()

@@ -26,12 +26,13 @@ from tests.train.runs import (
     write_setting,
 )
 from tests.train.test_step import LOSS, WEIGHT
+from train.checksums import CHECKSUMS, checksums
 from train.config import UsageError
 from train.engine import MOMENTS
 
 KILLED = Path(__file__).with_name("killed.py")
 TIMES = {"seconds", "tokens_per_second", "samples_per_second", "useful_tflops_per_second"}
-TIMES |= {"data_wait"}
+TIMES |= {"data_wait", "rank_wait", "save_wait", "memory_gb", "eta_seconds"}
 
 
 def engine_of(run: Path, step: int) -> dict:
@@ -39,6 +40,13 @@ def engine_of(run: Path, step: int) -> dict:
     files = sorted((run / f"checkpoint-{step}" / "engine").iterdir())
     pairs = ((file.name, key, tensor) for file in files for key, tensor in load_file(file).items())
     return {(name, key): tensor for name, key, tensor in pairs if "|" in key}
+
+
+def edited(checkpoint: Path) -> None:
+    """Its files were changed on purpose: their checksums follow."""
+    path = checkpoint / CHECKSUMS
+    files = (p for p in checkpoint.rglob("*") if p.is_file() and p != path)
+    path.write_text(json.dumps(checksums(checkpoint, files)))
 
 
 def untimed(run: Path) -> list[dict]:
@@ -70,6 +78,7 @@ def test_without_the_moments_the_end_would_differ(setting, plain_run, tmp_path):
     state = load_file(file)
     moments = {key: torch.zeros_like(t) for key, t in state.items() if "|exp_avg" in key}
     save_file(state | moments, file)
+    edited(run / "checkpoint-3")
     run_plain(setting, run)
     assert not same(weights_of(run, 6), weights_of(plain_run, 6))
 
@@ -131,6 +140,7 @@ def test_fragments_cut_anywhere_are_read_back(setting, plain_run, tmp_path):
                 start = int(start) + len(piece)
     for rank, share in enumerate(shares):
         save_file(share, folder / f"rank-{rank:05d}.safetensors")
+    edited(folder.parent)
     run_plain(setting, run)
     assert same(weights_of(run, 6), weights_of(plain_run, 6))
 
@@ -141,6 +151,7 @@ def test_a_missing_fragment_is_named(setting, tmp_path):
     state = load_file(file)
     del state["lm_head.weight|exp_avg|0"]
     save_file(state, file)
+    edited(run / "checkpoint-3")
     with pytest.raises(UsageError, match=r"holds 0 of 196608 values of lm_head.weight \(exp_avg\)"):
         run_plain(setting, run)
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NoReturn, get_args
 
 from vlm.checkpoint import write_json
-from vlm.cost.report import PEAKS, SIZES, STAGES, Setup, make_report, print_report
+from vlm.cost.hardware import PEAKS
+from vlm.cost.report import SIZES, STAGES, Setup, make_report, print_report
 from vlm.cost.samples import LARGEST, CostError, Samples, one_sample, read_samples
 from vlm.data.limits import Limits, environment_limits
 from vlm.hf_config import ConfigError, read_config
@@ -35,6 +36,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--stage", type=int, choices=STAGES, required=True, help="1: the merger trains; 2: all")
     add("--gpus", type=_count, default=Setup.gpus, help="1: one plain process, no ZeRO")
     add("--recompute", choices=get_args(Policy), default=Setup.recompute, help="of each block")
+    add("--vit_recompute", choices=get_args(Policy), help="of the ViT's (default: the same)")
     add("--dtype", choices=SIZES, default=Setup.dtype, help="of weights and activations")
     add("--per_device_train_batch_size", type=_count, default=Setup.per_device_train_batch_size)
     add("--global_batch_size", type=_count, help="samples per step (default: as the recipe's)")
@@ -124,6 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
             stage=options.stage,
             gpus=options.gpus,
             recompute=options.recompute,
+            vit_recompute=options.vit_recompute,
             dtype=options.dtype,
             per_device_train_batch_size=options.per_device_train_batch_size,
             global_batch_size=options.global_batch_size,

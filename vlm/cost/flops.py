@@ -1,10 +1,10 @@
 """FLOPs and parameters from the config alone.
 
 Convention, the same wherever a figure is printed: `CONVENTION`. Model FLOPs as in PaLM
-(arXiv:2204.02311, appendix B), except that causal attention is halved and that of a frozen part
-only what its gradients to others need is counted.
+(arXiv:2204.02311, appendix B), except that causal attention is halved and that of a frozen weight
+only what gradients of others need is counted.
 
-Legend: a product y = x W costs 1 forward, 1 for the gradient of W, 1 for the gradient of x.
+What trains is told as in `vlm/cost/trained.py`, how often a product is computed in `passes.py`.
 """
 
 from collections.abc import Collection, Sequence
@@ -13,25 +13,18 @@ import numpy as np
 import torch
 
 from vlm.config import TextConfig, VisionConfig, VLMConfig
+from vlm.cost.passes import text_passes, vision_passes
+from vlm.cost.trained import PARTS, part_of
 from vlm.model import VisionLanguageModel
 
-PARTS = ("vit", "aligner", "llm")
-"""What can be trained or frozen; `aligner` is the merger."""
 CONVENTION = (
     "useful FLOPs: two per multiply-add of a matrix product; no recompute, no padding, no "
-    "pointwise operation; causal attention counts the pairs that exist; a frozen part counts "
+    "pointwise operation; causal attention counts the pairs that exist; a frozen weight counts "
     "its forward, and its input gradient where something below it trains"
 )
 
 Count = int | np.ndarray
 """A number, or an int64 array of one number per sample or image."""
-
-
-def part_of(name: str) -> str:
-    """The part that a parameter belongs to; the merger lives under `visual.`, yet is its own."""
-    if name.startswith("model.visual.merger."):
-        return "aligner"
-    return "vit" if name.startswith("model.visual.") else "llm"
 
 
 def parameter_counts(config: VLMConfig) -> dict[str, int]:
@@ -77,7 +70,7 @@ def sample_flops(
     Args:
         length: tokens; targets: tokens that are learnt.
         grids: (time, height, width) in patches of its images and videos.
-        trains: which of `PARTS` train; empty for a forward pass alone.
+        trains: what trains (`vlm/cost/trained.py`); empty for a forward pass alone.
     """
     flops = sum(text_flops(config.text, length, targets, trains).values())
     for t, h, w in grids:
@@ -131,13 +124,13 @@ def text_flops(
     text: TextConfig, length: Count, targets: Count, trains: Collection[str]
 ) -> dict[str, Count]:
     """Useful FLOPs of the decoder over a sample, or over each of many."""
-    # forward; gradient of the weights; gradient of the input: of the first layer's it is
-    # wanted by the embedding or by the merger
-    passes = 1 + ("llm" in trains) + bool(trains)
+    passes = text_passes(text, frozenset(trains))
+    pairs = length * (length + 1) // 2
+    per_pair = 2 * text.num_attention_heads * text.head_dim
     return {
-        "decoder linear": passes * decoder_linear(text) * length,
-        "causal attention": (3 if trains else 1) * causal_attention(text, length),
-        "head": passes * head_linear(text) * targets,
+        "decoder linear": passes.linear * length,
+        "causal attention": passes.attention * per_pair * pairs,
+        "head": passes.head * 2 * text.hidden_size * text.vocab_size * targets,
     }
 
 
@@ -145,54 +138,15 @@ def vision_flops(
     vision: VisionConfig, t: Count, h: Count, w: Count, trains: Collection[str]
 ) -> dict[str, Count]:
     """Useful FLOPs of the tower and the merger over a grid of patches, or over each of many."""
-    below, own = "vit" in trains, "aligner" in trains
-    patches = t * h * w
-    passes = 3 if below else 1
-    tower = passes * (patches * tower_linear(vision) + t * tower_attention(vision, h, w))
-    # the patch embedding's input is pixels: no gradient of x
-    tower += min(passes, 2) * patches * 2 * vision.patch_dim * vision.hidden_size
-    first, second = merger_linear(vision)
-    merger = first * (1 + own + below) + second * (1 + own + (own or below))
-    return {"vision tower": tower, "merger": patches // vision.merge_unit * merger}
-
-
-def decoder_linear(text: TextConfig) -> int:
-    """Forward FLOPs per token of all layers' linear maps."""
-    heads = text.head_dim * (2 * text.num_attention_heads + 2 * text.num_key_value_heads)
-    layer = text.hidden_size * heads + 3 * text.hidden_size * text.intermediate_size
-    return 2 * layer * text.num_hidden_layers
-
-
-def head_linear(text: TextConfig) -> int:
-    """Forward FLOPs per target token of the head."""
-    return 2 * text.hidden_size * text.vocab_size
-
-
-def causal_attention(text: TextConfig, length: Count) -> Count:
-    """Forward FLOPs of scores and weighted values over the pairs of one segment."""
-    pairs = length * (length + 1) // 2
-    return 4 * text.num_attention_heads * text.head_dim * pairs * text.num_hidden_layers
-
-
-def tower_linear(vision: VisionConfig) -> int:
-    """Forward FLOPs per patch of all blocks' linear maps."""
-    d = vision.hidden_size
-    return 2 * vision.depth * (4 * d * d + 3 * d * vision.intermediate_size)
-
-
-def tower_attention(vision: VisionConfig, height: Count, width: Count) -> Count:
-    """Forward FLOPs of attention over one frame of height x width patches."""
-    full = len(vision.fullatt_block_indexes)
+    passes = vision_passes(vision, frozenset(trains))
     side = vision.window_size // vision.patch_size
-    windows = _squares(height, side) * _squares(width, side)
-    pairs = full * (height * width) ** 2 + (vision.depth - full) * windows
-    return 4 * vision.hidden_size * pairs
-
-
-def merger_linear(vision: VisionConfig) -> tuple[int, int]:
-    """Forward FLOPs per visual token of the merger's two linear maps."""
-    joined = vision.hidden_size * vision.merge_unit
-    return 2 * joined * joined, 2 * joined * vision.out_hidden_size
+    windows = _squares(h, side) * _squares(w, side)
+    pairs = passes.frames * (h * w) ** 2 + passes.windows * windows
+    patches = t * h * w
+    return {
+        "vision tower": passes.linear * patches + 2 * vision.hidden_size * t * pairs,
+        "merger": passes.merger * (patches // vision.merge_unit),
+    }
 
 
 def _squares(size: Count, side: int) -> Count:

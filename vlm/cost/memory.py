@@ -19,10 +19,13 @@ import numpy as np
 
 from vlm.config import TextConfig, VisionConfig, VLMConfig
 from vlm.cost.flops import Count
+from vlm.cost.passes import DECODER, TOWER
+from vlm.cost.trained import any_trains
 from vlm.loss import CHUNK_ROWS
-from vlm.recompute import Policy
+from vlm.recompute import Policies, Policy
 
 FLOAT32 = 4
+BLOCKS, LAYERS = f"{TOWER}blocks.", f"{DECODER}layers."
 BUCKET = 500_000_000
 """Gradients that DeepSpeed reduces at once (`reduce_bucket_size`, its default)."""
 
@@ -58,27 +61,29 @@ def training_state(parameters: int, trained: int, gpus: int, size: int) -> dict[
 
 
 def saved_activations(
-    config: VLMConfig, load: Load, trains: Collection[str], policy: Policy, size: int
+    config: VLMConfig, load: Load, trains: Collection[str], recompute: Policies, size: int
 ) -> dict[str, Count]:
     """Bytes that the forward pass leaves for the backward pass, by module.
 
-    Args: trains: which of `PARTS` train; at least one.
+    Args: trains: at least one name, as in `vlm/cost/trained.py`. A block of which only some
+        parameters train counts as if all did, the lowest that trains as if its input had a
+        gradient.
     """
     text, vision = config.text, config.vision
-    tower, merger, decoder = ("vit" in trains), ("aligner" in trains), ("llm" in trains)
+    tower, merger = "vit" in trains, "aligner" in trains
     patches = np.maximum(load.patches, vision.merge_unit)  # text alone carries a blank image
     return {
-        "vision tower": _tower(vision, patches, policy, size) if tower else 0 * patches,
-        "merger": _merger(vision, patches, tower, merger, size)
+        "vision tower": _tower(vision, patches, trains, recompute[0], size),
+        "merger": _merger(vision, patches, tower, merger, recompute[0], size)
         # its output, where it goes into the decoder's rows
         + size * (load.patches // vision.merge_unit) * text.hidden_size * (tower or merger),
-        "decoder": _decoder(text, load.tokens, decoder, policy, size),
-        "final norm and gradients of the head": _head(text, load.targets, decoder, size),
+        "decoder": _decoder(text, load.tokens, trains, recompute[1], size),
+        "final norm and gradients of the head": _head(text, load.targets, trains, size),
     }
 
 
 def peak_activations(
-    config: VLMConfig, load: Load, trains: Collection[str], policy: Policy, size: int
+    config: VLMConfig, load: Load, trains: Collection[str], recompute: Policies, size: int
 ) -> dict[str, int]:
     """`saved_activations`, and the most that comes on top of them at any time.
 
@@ -86,22 +91,25 @@ def peak_activations(
     the backward pass of the decoder's last layer, or of the tower's last block, by when what
     was saved after it is gone.
     """
-    text, vision, tower, decoder = config.text, config.vision, "vit" in trains, "llm" in trains
-    saved = saved_activations(config, load, trains, policy, size)
+    text, vision = config.text, config.vision
+    saved = saved_activations(config, load, trains, recompute, size)
     saved = {name: int(count) for name, count in saved.items()}
     head = saved["final norm and gradients of the head"]
-    layer = decoder_layer(text, load.tokens, decoder, size)
-    widths = text.hidden_size, text.intermediate_size
     moments = [
         loss_memory(text, load.targets, size),
-        size * text.hidden_size * (load.targets + text.vocab_size * decoder),
-        _backward(layer, load.tokens, *widths, decoder, policy, size) - head,
+        size * text.hidden_size * (load.targets + text.vocab_size * _head_trains(text, trains)),
     ]
-    if tower:
-        block = vision_block(vision, load.patches, size)
+    if saved["decoder"]:
+        trained = any_trains(f"{LAYERS}{text.num_hidden_layers - 1}.", trains)
+        layer = decoder_layer(text, load.tokens, trained, "none", size)
+        widths = text.hidden_size, text.intermediate_size
+        moments.append(_backward(layer, load.tokens, *widths, trained, recompute[1], size) - head)
+    if saved["vision tower"]:
+        trained = any_trains(f"{BLOCKS}{vision.depth - 1}.", trains)
+        block = vision_block(vision, load.patches, trained, "none", size)
         widths = vision.hidden_size, vision.intermediate_size
         gone = head + saved["decoder"] + saved["merger"]
-        moments.append(_backward(block, load.patches, *widths, True, policy, size) - gone)
+        moments.append(_backward(block, load.patches, *widths, trained, recompute[0], size) - gone)
     return saved | {"largest transient": max(moments)}
 
 
@@ -116,50 +124,101 @@ def loss_memory(text: TextConfig, targets: int, size: int) -> int:
     return text.vocab_size * max(2 * FLOAT32 * first, old * first + new * second)
 
 
-def decoder_layer(text: TextConfig, rows: Count, trained: bool, size: int) -> Count:
+def decoder_layer(text: TextConfig, rows: Count, trained: bool, policy: Policy, size: int) -> Count:
     """Bytes that one decoder layer saves: with weights that are frozen, no product's input."""
-    width, heads, shared = text.hidden_size, text.num_attention_heads, text.num_key_value_heads
-    saved = 2 * _norm(rows, width, trained, size) + size * rows * width * trained
+    width, hidden = text.hidden_size, text.intermediate_size
+    heads, shared = text.num_attention_heads, text.num_key_value_heads
+    if policy == "full":
+        return size * rows * width
+    # q, k, v and the output (the input of o_proj), and the log-sums
+    saved = rows * (size * text.head_dim * 2 * (heads + shared) + FLOAT32 * heads)
+    if policy == "pointwise":
+        return saved + _products(rows, width, hidden, size)
     if text.qk_norm:
         saved += _norm(rows * (heads + shared), text.head_dim, trained, size)
-    # q, k, v and the output (the input of o_proj), and the log-sums
-    saved += rows * (size * text.head_dim * 2 * (heads + shared) + FLOAT32 * heads)
-    return saved + _swiglu(rows, width, text.intermediate_size, trained, size)
+    saved += 2 * _norm(rows, width, trained, size) + size * rows * width * trained
+    return saved + _swiglu(rows, width, hidden, trained, size)
 
 
-def vision_block(vision: VisionConfig, rows: Count, size: int) -> Count:
-    """Bytes that one trained block of the tower saves."""
-    width = vision.hidden_size
-    saved = 2 * _norm(rows, width, True, size) + size * rows * width
-    # turned q and k; v, a view that keeps q and k before the turn alive; the output
-    saved += rows * (size * 6 * width + FLOAT32 * vision.num_heads)
-    return saved + _swiglu(rows, width, vision.intermediate_size, True, size)
+def vision_block(
+    vision: VisionConfig, rows: Count, trained: bool, policy: Policy, size: int
+) -> Count:
+    """Bytes that one block of the tower saves, as a decoder layer does."""
+    width, hidden = vision.hidden_size, vision.intermediate_size
+    if policy == "full":
+        return size * rows * width
+    # q, k and v in one, and the output
+    saved = rows * (size * 4 * width + FLOAT32 * vision.num_heads)
+    if policy == "pointwise":
+        return saved + _products(rows, width, hidden, size)
+    saved += size * rows * 2 * width  # turned q and k; v, a view, keeps those before the turn alive
+    saved += 2 * _norm(rows, width, trained, size) + size * rows * width * trained
+    return saved + _swiglu(rows, width, hidden, trained, size)
 
 
-def _decoder(text: TextConfig, rows: Count, trained: bool, policy: Policy, size: int) -> Count:
-    input_only = size * rows * text.hidden_size
-    layer = input_only if policy == "full" else decoder_layer(text, rows, trained, size)
+def _products(rows: Count, width: int, hidden: int, size: int) -> Count:
+    """What `pointwise` keeps beside attention: a block's input, its sum with attention's output,
+    gate and up."""
+    return size * rows * 2 * (width + hidden)
+
+
+def _decoder(
+    text: TextConfig, rows: Count, trains: Collection[str], policy: Policy, size: int
+) -> Count:
+    below = "vit" in trains or "aligner" in trains or any_trains(f"{DECODER}embed_tokens.", trains)
+    trained, frozen = _in_graph(LAYERS, text.num_hidden_layers, below, trains)
+    saved = trained * decoder_layer(text, rows, True, policy, size)
+    saved += frozen * decoder_layer(text, rows, False, policy, size)
     tables = text.head_dim * (2 if text.mrope_section else 1)  # cosines and sines
-    return text.num_hidden_layers * layer + size * rows * tables
+    return saved + size * rows * tables * (trained + frozen > 0)
 
 
-def _tower(vision: VisionConfig, rows: Count, policy: Policy, size: int) -> Count:
-    input_only = size * rows * vision.hidden_size
-    block = input_only if policy == "full" else vision_block(vision, rows, size)
-    tables = FLOAT32 * rows * vision.head_dim
-    return size * rows * vision.patch_dim + vision.depth * block + tables
+def _tower(
+    vision: VisionConfig, rows: Count, trains: Collection[str], policy: Policy, size: int
+) -> Count:
+    embedding = any_trains(f"{TOWER}patch_embed.", trains)
+    trained, frozen = _in_graph(BLOCKS, vision.depth, embedding, trains)
+    saved = trained * vision_block(vision, rows, True, policy, size)
+    saved += frozen * vision_block(vision, rows, False, policy, size)
+    saved += size * rows * vision.patch_dim * embedding
+    return saved + FLOAT32 * rows * vision.head_dim * (trained + frozen > 0)  # and the tables
 
 
-def _merger(vision: VisionConfig, rows: Count, below: bool, trained: bool, size: int) -> Count:
-    saved = FLOAT32 * rows * (vision.hidden_size + 1) * below  # the norm's float32 copy
+def _in_graph(prefix: str, count: int, below: bool, trains: Collection[str]) -> tuple[int, int]:
+    """Of blocks in their order: how many train, how many are frozen with something below them
+    that trains. The others save nothing."""
+    trained = frozen = 0
+    for index in range(count):
+        if any_trains(f"{prefix}{index}.", trains):
+            trained += 1
+        elif below or trained:
+            frozen += 1
+    return trained, frozen
+
+
+def _merger(
+    vision: VisionConfig, rows: Count, below: bool, trained: bool, policy: Policy, size: int
+) -> Count:
+    width = vision.hidden_size  # the merger's four times as wide rows are a quarter as many
+    one = size * rows * width * (below or trained)
+    if policy == "full":
+        return one  # its input
+    if policy == "pointwise":
+        return 2 * one  # and that of GELU
+    saved = FLOAT32 * rows * (width + 1) * below  # the norm's float32 copy
     # the normalised rows before and after their weight, and the input of the second product
-    saved += 3 * size * rows * vision.hidden_size * trained
-    return saved + size * rows * vision.hidden_size * (below or trained)  # the input of GELU
+    return saved + one + 3 * size * rows * width * trained
 
 
-def _head(text: TextConfig, rows: Count, trained: bool, size: int) -> Count:
-    saved = _norm(rows, text.hidden_size, trained, size) + size * rows * text.hidden_size
-    return saved + size * text.vocab_size * text.hidden_size * trained
+def _head(text: TextConfig, rows: Count, trains: Collection[str], size: int) -> Count:
+    """The final norm, and the gradients that `vlm.loss` makes in the forward pass."""
+    width, norm = text.hidden_size, any_trains(f"{DECODER}norm.", trains)
+    saved = size * text.vocab_size * width * _head_trains(text, trains)
+    return saved + _norm(rows, width, norm, size) + size * rows * width
+
+
+def _head_trains(text: TextConfig, trains: Collection[str]) -> bool:
+    return any_trains(f"{DECODER}embed_tokens." if text.tie_word_embeddings else "lm_head.", trains)
 
 
 def _norm(rows: Count, width: int, trained: bool, size: int) -> Count:
@@ -176,8 +235,14 @@ def _backward(
     block: int, rows: int, width: int, hidden: int, trained: bool, policy: Policy, size: int
 ) -> int:
     """What a block's backward pass adds at most, in its feed-forward layer: the gradients of its
-    output, of silu(gate) * up and of both factors. A trained down_proj gives up its input."""
-    gradients = size * rows * (width + (3 - trained) * hidden)
+    output, of silu(gate) * up and of both factors.
+
+    Args: block: what it saves under `none`.
+    """
+    gradients = size * rows * (width + 3 * hidden)
+    if policy == "pointwise":
+        return gradients + size * rows * hidden  # silu(gate), computed again
+    gradients -= size * rows * hidden * trained  # a trained down_proj gives up its input
     if policy == "none":
         return gradients
     # in float32 the input that was kept is also the first norm's copy

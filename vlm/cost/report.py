@@ -12,7 +12,6 @@ import numpy as np
 from vlm.config import VLMConfig
 from vlm.cost.flops import (
     CONVENTION,
-    PARTS,
     flops_by_module,
     parameter_counts,
     parameters_by_module,
@@ -22,25 +21,13 @@ from vlm.cost.flops import (
 )
 from vlm.cost.memory import FLOAT32, Load, peak_activations, saved_activations, training_state
 from vlm.cost.samples import Samples
-from vlm.recompute import Policy
+from vlm.cost.trained import PARTS
+from vlm.recompute import Policies, Policy
 
 STAGES = {1: ("aligner",), 2: PARTS}
 """Stage -> the parts that train in it."""
 SIZES = {"bfloat16": 2, "float32": 4}
 """Bytes per value."""
-PEAKS = {
-    "a100": 312,
-    "a800": 312,
-    "h20": 148,
-    "h100": 989,
-    "h100_pcie": 756,
-    "h200": 989,
-    "h800": 989,
-    "b200": 2250,
-    "l40s": 362,
-}
-"""Dense bfloat16 TFLOP/s of NVIDIA's data sheets, without their factor of two for sparsity;
-h100, h200 and h800 are the SXM boards."""
 LONGEST, LARGEST_IMAGE = 8192, (1, 64, 80)
 """The recipe's max_length, in tokens, and a grid of its max_pixels, in patches."""
 
@@ -52,6 +39,9 @@ class Setup:
     stage: Literal[1, 2]
     gpus: int = 8
     recompute: Policy = "full"
+    """Of the language model's blocks."""
+    vit_recompute: Policy | None = None
+    """Of the ViT's; None: the same."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     per_device_train_batch_size: int = 2
     """Samples in a micro-batch."""
@@ -60,6 +50,10 @@ class Setup:
     peak_tflops: float | None = None
     """Of one GPU in `dtype`; None where it is not known: then no time is predicted."""
     mfu: float = 0.5
+
+    @property
+    def policies(self) -> Policies:
+        return self.vit_recompute or self.recompute, self.recompute
 
     @property
     def samples_per_step(self) -> int:
@@ -85,7 +79,7 @@ def make_report(config: VLMConfig, samples: Samples, setup: Setup) -> dict:
     visual = int(samples.patches.sum()) // config.vision.merge_unit
     load = largest_micro_batch(config, samples, setup)
     state = training_state(total, trained, setup.gpus, size)
-    activations = peak_activations(config, load, trains, setup.recompute, size)
+    activations = peak_activations(config, load, trains, setup.policies, size)
     seconds = None
     if setup.peak_tflops:
         rate = setup.gpus * setup.peak_tflops * 1e12 * setup.mfu
@@ -149,7 +143,7 @@ def largest_micro_batch(config: VLMConfig, samples: Samples, setup: Setup) -> Lo
     """That of the samples which leave the most bytes for the backward pass."""
     each = Load(samples.lengths, samples.targets, samples.patches)
     trains, size = STAGES[setup.stage], SIZES[setup.dtype]
-    saved = sum(saved_activations(config, each, trains, setup.recompute, size).values())
+    saved = sum(saved_activations(config, each, trains, setup.policies, size).values())
     # a sample stands for more of its kind where fewer are given
     worst = np.resize(np.argsort(saved)[::-1], setup.per_device_train_batch_size)
     return Load(*(int(counts[worst].sum()) for counts in (each.tokens, each.targets, each.patches)))
@@ -190,10 +184,12 @@ def print_report(report: dict) -> None:
         "GB",
         2,
     )
-    load = report["micro_batch"]
+    load, recompute = report["micro_batch"], setup["recompute"]
+    if setup["vit_recompute"]:
+        recompute += f", of the ViT {setup['vit_recompute']}"
     title = (
         f"memory of a GPU: activations of {load['tokens']:,} tokens, {load['targets']:,} targets, "
-        f"{load['patches']:,} patches, recompute {setup['recompute']}"
+        f"{load['patches']:,} patches, recompute {recompute}"
     )
     _table(title, memory["activations"], 1e9, "GB", 2)
     print(f"  {'training state and activations':42}{memory['total'] / 1e9:11.2f} GB")

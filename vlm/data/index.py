@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -87,6 +87,13 @@ class Index:
         content = sha256(repr(self.weights).encode())
         content.update(b"".join(column.tobytes() for column in columns))
         return content.hexdigest()[:16]
+
+    def select(self, numbers: np.ndarray) -> "Index":
+        """The samples of these numbers (rising) alone; their sources stay as they are."""
+        names = ("source", "file", "offset", "line", "length", "targets", "patches", "media")
+        columns = {name: getattr(self, name)[numbers] for name in names}
+        owners = np.repeat(np.arange(len(self)), self.media)
+        return replace(self, **columns, grids=self.grids[np.isin(owners, numbers)])
 
     def sample_id(self, number: int) -> str:
         files = self.sources[self.source[number]].files

@@ -1,6 +1,7 @@
 """Dataset and DataLoader over a plan: one item is one rank's part of one optimiser step."""
 
 import resource
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -233,6 +234,8 @@ def open_loader(
         if message is None:
             raise
         raise DataWorkerError(message) from error
+    if watch:
+        watch.end(None, started, dataset.sample_id)
 
 
 def _loader(dataset, start, workers, pin_memory, timeout) -> DataLoader:
@@ -268,4 +271,6 @@ def _allow_open_files() -> None:
 
 def _begin(watch: Watch, worker: int) -> None:
     torch.set_num_threads(1)  # workers share the machine with the trainer
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # launchers send them to all processes, but
+        signal.signal(number, signal.SIG_IGN)  # the trainer needs data until it has saved
     watch.enter(worker)

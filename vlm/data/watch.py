@@ -38,9 +38,12 @@ class Watch:
             )
 
     def end(
-        self, error: BaseException, workers: Sequence[BaseProcess], name: Callable[[int], str]
+        self,
+        error: BaseException | None,
+        workers: Sequence[BaseProcess],
+        name: Callable[[int], str],
     ) -> str | None:
-        """Kill the workers, even stuck ones.
+        """Kill the workers, even stuck ones, because of an error or at the end.
 
         Args:
             name: id of the sample of a number.

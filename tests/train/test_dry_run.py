@@ -1,0 +1,86 @@
+"""A dry run shows what the run would be, and trains nothing."""
+
+import re
+
+import pytest
+
+from tests.train.runs import (
+    command,
+    launch,
+    log_of,
+    run_plain,
+    same,
+    weights_of,
+)
+from train.dry_run import marked
+from vlm.cost import PARTS
+from vlm.data.collate import collate
+from vlm.data.index import build_index
+from vlm.data.processor import IGNORED, Processor
+from vlm.data.sources import open_sources
+
+
+def figure(text: str, name: str) -> float:
+    """The number behind a name at the start of a line."""
+    (found,) = re.findall(rf"^ *{re.escape(name)} +([\d.e+,-]+)", text, re.MULTILINE)
+    return float(found.replace(",", ""))
+
+
+def test_it_shows_plan_cost_memory_and_a_sample(setting, tmp_path, capsys):
+    run = run_plain(setting, tmp_path / "run", dry_run=True)
+    text = capsys.readouterr().out
+    assert figure(text, "samples") == 16 and figure(text, "steps") == 3
+    assert "6 steps of 6 samples" in text
+    assert figure(text, "decoder linear") > 0 and figure(text, "AdamW moments") > 0
+    first = text[text.index("the first sample") :]
+    assert "data.jsonl:" in first.splitlines()[0]
+    learnt = [line for line in first.splitlines() if line.startswith("> ")]
+    assert learnt and learnt[0].startswith("> answer answer")
+    assert "  <|im_start|>user" in first.splitlines()
+    assert "nothing was trained" in text.splitlines()[-1]
+    assert not list(run.glob("checkpoint-*")) and not log_of(run)
+
+
+def test_the_run_itself_may_follow_in_the_same_directory(setting, plain_run, tmp_path):
+    run = run_plain(setting, tmp_path / "run", dry_run=True)
+    run_plain(setting, run)
+    assert same(weights_of(run, 6), weights_of(plain_run, 6))
+
+
+@pytest.mark.parametrize("frozen", [{"freeze_aligner"}, {"freeze_llm"}])
+def test_the_cost_of_a_step_is_the_plans(setting, tmp_path, capsys, frozen):
+    """FLOPs of average samples, six a step; without the language model text alone is left out."""
+    run_plain(setting, tmp_path / "run", dry_run=True, **dict.fromkeys(frozen, True))
+    text = capsys.readouterr().out
+    processor = Processor.from_pretrained(setting["model"])
+    index, _ = build_index(open_sources(setting["dataset"]), processor)
+    costs = index.costs(processor.config, set(PARTS) - {name[7:] for name in frozen})
+    if "freeze_llm" in frozen:
+        costs[index.patches == 0] = 0
+    table = text[text.index("FLOPs of a step") :]
+    found = float(re.search(r"^  all +([\d.e-]+) TF", table, re.MULTILINE)[1])
+    assert found == pytest.approx(6 * costs.mean() / 1e12, rel=1e-3)
+
+
+def test_a_stream_has_no_plan_but_a_sample(setting, tmp_path, capsys):
+    run_plain(setting, tmp_path / "run", dry_run=True, streaming=True)
+    text = capsys.readouterr().out
+    assert "plan of an epoch" not in text and "> answer" in text and "AdamW moments" in text
+
+
+def test_two_ranks_say_it_once(setting, tmp_path):
+    done = launch(command(setting, tmp_path / "run", 2, dry_run=True))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("nothing was trained") == done.stdout.count("plan of an epoch") == 1
+
+
+def test_marks_are_where_targets_are(setting):
+    processor = Processor.from_pretrained(setting["model"])
+    index, _ = build_index(open_sources(setting["dataset"]), processor)
+    examples = [processor.encode(index.sample(number)) for number in (3, 5)]
+    text = marked(collate(examples, processor.config), processor)
+    learnt = "\n".join(line[2:] for line in text.split("\n") if line.startswith("> "))
+    ids = examples[0].targets[examples[0].targets != IGNORED].tolist()
+    assert learnt == processor.tokenizer.decode(ids, skip_special_tokens=False)
+    merged = [t * h * w // 4 for t, h, w in examples[0].grid_thw]
+    assert [int(n) for n in re.findall(r"<\|image_pad\|> x (\d+)", text)] == merged

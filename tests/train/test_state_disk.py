@@ -1,0 +1,108 @@
+"""A disk that is too small, or runs full while a checkpoint is written: one sentence, and the
+checkpoint before it goes on exactly."""
+
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import train.snapshot
+from tests.train.runs import command, launch, run_plain, same, weights_of
+from train.config import UsageError
+from train.state import SaveError
+
+MEGABYTES = 60
+CHECKPOINT = 13
+"""Megabytes of one, of the tiny model."""
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A folder on a disk of its own: a tmpfs that another process has mounted for itself."""
+    mount = (
+        f"mount -t tmpfs -o size={MEGABYTES}m tmpfs {tmp_path} && echo mounted && exec sleep 600"
+    )
+    holder = subprocess.Popen(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    if holder.stdout.readline() != "mounted\n":
+        pytest.skip(f"no disk can be mounted here: {holder.stderr.read().strip()}")
+    yield Path(f"/proc/{holder.pid}/root{tmp_path}")
+    holder.kill()
+    holder.wait()
+
+
+def fill(disk: Path, left: int) -> Path:
+    """A file that leaves so many megabytes."""
+    filler = disk / "filler"
+    free = shutil.disk_usage(disk).free
+    filler.write_bytes(bytes(free - left * 10**6))
+    return filler
+
+
+def test_no_room_for_one_checkpoint(setting, disk):
+    fill(disk, left=CHECKPOINT - 2)
+    with pytest.raises(UsageError, match=r"a checkpoint takes 0.013 GB and 0.011 GB are free on"):
+        run_plain(setting, disk / "run")
+    assert not list(disk.glob("run/checkpoint-*"))
+
+
+def test_no_room_for_another_one(setting, plain_run, disk):
+    """Found before it is written, told by the command, and mended."""
+    filler = fill(disk, left=CHECKPOINT + 5)
+    options = {"save_steps": 2}
+    full = launch(command(setting, disk / "run", 0, **options))
+    assert full.returncode == 1
+    (told,) = full.stderr.splitlines()
+    assert "checkpoint-4 could not be written: a checkpoint takes 0.013 GB and" in told
+    assert told.endswith("make room; the same command goes on from checkpoint-2")
+    assert [path.name for path in disk.glob("run/checkpoint-*")] == ["checkpoint-2"]
+    filler.unlink()
+    run_plain(setting, disk / "run", **options)
+    assert same(weights_of(disk / "run", 6), weights_of(plain_run, 6))
+
+
+def test_the_disk_runs_full_during_a_write(setting, plain_run, disk, monkeypatch):
+    honest = train.snapshot.save_model
+
+    def fill_and_write(folder: Path, *args) -> None:
+        if folder.parent.name == "checkpoint-4.partial":
+            fill(disk, left=1)
+        honest(folder, *args)
+
+    monkeypatch.setattr(train.snapshot, "save_model", fill_and_write)
+    with pytest.raises(SaveError, match=r"checkpoint-4 could not be written: .*checkpoint-2"):
+        run_plain(setting, disk / "run", save_steps=2)
+    assert not list(disk.glob("run/*.partial"))
+    (disk / "filler").unlink()
+    monkeypatch.undo()
+    run_plain(setting, disk / "run", save_steps=2)
+    assert same(weights_of(disk / "run", 6), weights_of(plain_run, 6))
+
+
+def test_a_write_breaks_off(setting, plain_run, tmp_path, monkeypatch):
+    """As with a quota, which no check of the disk foresees."""
+    run, honest = tmp_path / "run", train.snapshot.write_tensors
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(path: Path, tensors: dict) -> None:
+        if path.parts[-3] == "checkpoint-4.partial":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, before[1]))
+        honest(path, tensors)
+
+    monkeypatch.setattr(train.snapshot, "write_tensors", limited)
+    try:
+        with pytest.raises(SaveError, match="checkpoint-4 could not be written: File too large"):
+            run_plain(setting, run, save_steps=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-2"]
+    monkeypatch.undo()
+    run_plain(setting, run, save_steps=2)
+    assert same(weights_of(run, 6), weights_of(plain_run, 6))

@@ -1,0 +1,170 @@
+"""The run's card: what was run, with what, what came of it, and what is known to be wrong.
+
+    python -m train.card RUN                    # written at the end of a run; again by this
+    python -m train.card RUN --same_as OTHER    # with a resume check: are the weights the same?
+
+`card.yaml` is made anew each time, but for `resume_check` and `known_failures`: the latter is for
+people, who write into the file itself.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from train.config import UsageError
+from train.metrics import read_log
+from vlm.checkpoint import CheckpointError, TensorReader
+from vlm.cost import CONVENTION
+
+WAITS = ("data_wait", "rank_wait", "save_wait")
+KEPT = {"resume_check": None, "known_failures": []}
+"""What the run itself does not know."""
+
+
+def write_card(run: Path, uninterrupted: Path | None = None) -> dict:
+    """Write `card.yaml` into a run's directory and return what it holds.
+
+    Raises UsageError where it is no run, or cannot be compared with the other.
+    """
+    path = run / "card.yaml"
+    before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    kept = {key: before.get(key, empty) for key, empty in KEPT.items()}
+    if uninterrupted:
+        kept["resume_check"] = check_resume(run, uninterrupted)
+    card = make_card(run) | kept
+    path.write_text(yaml.safe_dump(card, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return card
+
+
+def make_card(run: Path) -> dict:
+    """What a run's files say of it, as far as it has come. UsageError where it is no run."""
+    try:
+        text = (run / "config.yaml").read_bytes()
+    except OSError as error:
+        raise UsageError(f"{run} is no run: {error.strerror} (config.yaml)") from None
+    events: dict[str, list[dict]] = {}
+    for line in read_log(run / "log.jsonl"):
+        events.setdefault(line["event"], []).append(line)
+    config = yaml.safe_load(text)
+    starts, trains = events.get("start", []), events.get("train", [])
+    total = starts[-1]["total_steps"] if starts else None
+    checkpoint = _last_checkpoint(run)
+    progress = checkpoint and json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
+    ledger = run / "ledger.jsonl"
+    bad = len(ledger.read_text(encoding="utf-8").splitlines()) if ledger.exists() else 0
+    return {
+        "run": config.get("run_name") or run.resolve().name,
+        "command": starts[0]["command"] if starts else None,
+        "started": starts[0]["time"] if starts else None,
+        "resumed": [
+            {name: start[name] for name in ("step", "time", "command", "ranks", "revision")}
+            for start in starts[1:]
+            if start["step"] < total  # else nothing was left to train
+        ],
+        "versions": starts[-1]["versions"] if starts else None,
+        "revision": starts[-1]["revision"] if starts else None,
+        "hardware": f"{starts[-1]['ranks']} x {starts[-1]['device']}" if starts else None,
+        "model": str(config["model"]),
+        "config_sha256": hashlib.sha256(text).hexdigest(),
+        "data_fingerprint": progress and progress["data"],
+        "data_samples": progress and progress["samples"],
+        "steps": trains[-1]["step"] if trains else 0,
+        "of_steps": total,
+        "updates": progress and progress["updates"],
+        "checkpoint": checkpoint and checkpoint.name,
+        "training_loss": {
+            "first": trains[0]["loss"] if trains else None,
+            "last": trains[-1]["loss"] if trains else None,
+            "last_by_source": trains[-1].get("loss_by_source") if trains else None,
+        },
+        "held_out": {
+            name: _without(events["eval"][place], "event", "seconds")
+            for name, place in (("first", 0), ("last", -1))
+            if "eval" in events
+        },
+        "throughput": throughput(trains),
+        "steps_refused": len(events.get("refused", [])),
+        "steps_skipped": len(events.get("skipped", [])),
+        "bad_samples": bad,
+    }
+
+
+def throughput(trains: list[dict]) -> dict | None:
+    """Over all logged steps: rates, and waits as shares of the time."""
+    seconds = sum(line["seconds"] for line in trains)
+    if not seconds:
+        return None
+
+    def mean(name: str) -> float | None:
+        """Weighed by time; None where a line lacks it."""
+        pairs = [(line.get(name), line["seconds"]) for line in trains]
+        if any(value is None for value, _ in pairs):
+            return None
+        return round(sum(value * weight for value, weight in pairs) / seconds, 4)
+
+    return {
+        "training_seconds": round(seconds, 1),
+        "tokens_per_second": round(sum(line["tokens"] for line in trains) / seconds, 1),
+        "samples_per_second": round(sum(line["samples"] for line in trains) / seconds, 2),
+        "useful_tflops_per_second": mean("useful_tflops_per_second"),
+        "mfu": mean("mfu"),
+        **{name: mean(name) for name in WAITS},
+        "memory_gb": max((line.get("memory_gb", 0) for line in trains), default=0) or None,
+        "convention": CONVENTION,
+    }
+
+
+def check_resume(run: Path, other: Path) -> dict:
+    """Whether a run that was interrupted ended where one that was not did.
+
+    Raises UsageError where the two cannot be compared.
+    """
+    ours, theirs = _last_checkpoint(run), _last_checkpoint(other)
+    if not ours or not theirs or ours.name != theirs.name:
+        raise UsageError(f"{run} and {other} do not end at the same step, so nothing is compared")
+    a, b = TensorReader(ours / "model"), TensorReader(theirs / "model")
+    if a.names() != b.names() or any(a.shape(name) != b.shape(name) for name in a.names()):
+        raise UsageError(f"{run} and {other} trained models of other shapes")
+    furthest = max(_difference(a.get(name), b.get(name)) for name in a.names())
+    return {
+        "compared_with": str(other),
+        "checkpoint": ours.name,
+        "weights_equal": furthest == 0,
+        "max_abs_difference": furthest,
+    }
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return 0.0 if torch.equal(a, b) else float((a.double() - b.double()).abs().max())
+
+
+def _last_checkpoint(run: Path) -> Path | None:
+    latest = run / "latest"
+    return run / latest.read_text(encoding="utf-8").strip() if latest.exists() else None
+
+
+def _without(line: dict, *names: str) -> dict:
+    return {name: value for name, value in line.items() if name not in names}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m train.card", description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--same_as", type=Path, help="an uninterrupted run of the same options")
+    options = parser.parse_args(arguments)
+    try:
+        write_card(options.run, options.same_as)
+    except (UsageError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""`--dry_run`: what a run would do and take, and its costliest micro-batch."""
+
+import re
+import time
+from collections.abc import Collection
+from itertools import groupby
+
+import numpy as np
+import torch
+
+from train.config import TrainConfig
+from train.data import TrainData
+from train.provenance import device_name
+from train.world import World
+from vlm.batch import Batch
+from vlm.cost import flops_by_module
+from vlm.cost.hardware import peak_tflops
+from vlm.cost.memory import Load, peak_activations, training_state
+from vlm.cost.report import SIZES, Setup
+from vlm.data.loader import StepDataset, open_loader
+from vlm.data.plan_report import report
+from vlm.data.processor import Processor
+from vlm.data.stream import StreamDataset
+from vlm.loss import cross_entropy
+from vlm.model import VisionLanguageModel
+
+PLANNED = 100
+"""Steps, evenly spread over an epoch, that the plan's figures are from."""
+
+
+def warm_up(
+    model: VisionLanguageModel, dataset: StepDataset | StreamDataset, world: World
+) -> float:
+    """Forward and backward of the costliest micro-batch, so that memory fails here or never (but
+    for a stream); its gradients are thrown away. Returns its seconds."""
+    batch = dataset.costliest().to(world.device)
+    began = time.perf_counter()
+    hidden = model(batch)
+    cross_entropy(hidden, model.head_weight, batch.targets, batch.weights).sum.backward()
+    if world.device.type == "cuda":
+        torch.cuda.synchronize()
+    model.zero_grad(set_to_none=True)
+    return time.perf_counter() - began
+
+
+def dry_run(
+    config: TrainConfig,
+    world: World,
+    processor: Processor,
+    data: TrainData,
+    model: VisionLanguageModel,
+    trains: Collection[str],
+) -> None:
+    """Print plan, cost, memory and the first sample, then run the costliest micro-batch.
+
+    Every rank calls this, the first one prints. Of a stream there is neither plan nor cost before
+    it is read.
+    """
+    with open_loader(data.dataset, data.progress.position) as steps:
+        first = next(batch for step in steps for batch in step.micro_batches if batch.ids)
+    if world.first:
+        if isinstance(data.dataset, StepDataset):
+            print(f"\nplan of an epoch\n{report(data.dataset.plan, PLANNED).table()}")
+            _print_cost(config, world, data, model, trains)
+        _print_memory(config, world, data.dataset.costliest(), model, trains)
+        print(f"\nthe first sample, {first.ids[0]}, with what is learnt marked by >\n")
+        print(marked(first, processor))
+    seconds = warm_up(model, data.dataset, world)
+    if world.first:
+        print(f"\nthe costliest micro-batch took {seconds:.2f} s forward and backward", end="")
+        if world.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(world.device) / 1e9
+            print(f", and {peak:.2f} GB with the weights, without the optimiser's state", end="")
+        print("; nothing was trained")
+
+
+def marked(batch: Batch, processor: Processor) -> str:
+    """The text of a micro-batch's first sample, as the model reads it: lines of what is learnt
+    begin with `>`."""
+    ids = batch.input_ids[: batch.segments.lengths[0]].tolist()
+    learnt = set((batch.target_rows + 1).tolist())
+    lines = []
+    for is_learnt, rows in groupby(range(len(ids)), lambda row: row in learnt):
+        text = processor.tokenizer.decode([ids[row] for row in rows], skip_special_tokens=False)
+        text = re.sub(r"(<\|(?:image|video)_pad\|>)+", _counted, text)
+        lines += [("> " if is_learnt else "  ") + line for line in text.split("\n")]
+    return "\n".join(lines)
+
+
+def _counted(pads: re.Match) -> str:
+    return f"{pads[1]} x {len(pads[0]) // len(pads[1])}"
+
+
+def _print_cost(
+    config: TrainConfig,
+    world: World,
+    data: TrainData,
+    model: VisionLanguageModel,
+    trains: Collection[str],
+) -> None:
+    """Of a step of average samples; text alone counts nothing where it is left out."""
+    index, size = data.dataset.index, data.progress.global_batch_size
+    taken = index.select(np.flatnonzero(index.patches)) if data.dataset.plan.skips_text else index
+    columns = (taken.length, taken.grids, taken.targets)
+    modules = flops_by_module(model.config, *columns, trains)
+    rows = {name: flops * size / len(index) for name, flops in modules.items()}
+    step = sum(rows.values())
+    _print_table("FLOPs of a step of average samples", rows | {"all": step}, 1e12, "TF")
+    print(f"  {data.total_steps:,} steps of {size} samples")
+    if peak := peak_tflops(device_name(world), config.dtype):
+        seconds = step / (world.size * peak * 1e12 * Setup.mfu)
+        hours = seconds * data.total_steps / 3600
+        print(f"  {seconds:.3f} s a step and {hours:,.1f} h in all, were MFU {Setup.mfu:g}")
+
+
+def _print_memory(
+    config: TrainConfig,
+    world: World,
+    batch: Batch,
+    model: VisionLanguageModel,
+    trains: Collection[str],
+) -> None:
+    """Predicted, of one device under ZeRO-2, or of a single process."""
+    parameters = list(model.parameters())
+    total = sum(p.numel() for p in parameters)
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    size = SIZES[config.dtype]
+    load = Load(len(batch.input_ids), len(batch.targets), len(batch.patches))
+    rows = training_state(total, trained, world.size, size)
+    rows |= peak_activations(model.config, load, trains, config.recompute, size)
+    title = (
+        f"memory of a device, predicted, with a micro-batch of {load.tokens:,} tokens, "
+        f"{load.targets:,} targets and {load.patches:,} patches"
+    )
+    _print_table(title, rows | {"all": sum(rows.values())}, 1e9, "GB")
+
+
+def _print_table(title: str, rows: dict[str, float], unit: float, name: str) -> None:
+    print(f"\n{title}")
+    for row, value in rows.items():
+        print(f"  {row:42}{value / unit:11,.4g} {name}")

@@ -1,0 +1,170 @@
+"""A checkpoint on its way to the disk: copied to the host's memory in a moment, written by a thread
+while training goes on.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train.checksums import CHECKSUMS, checksums
+from train.config import UsageError
+from train.fragments import rank_file, write_tensors
+from train.world import World
+from vlm.checkpoint import save_model
+from vlm.partial import sync
+
+
+class HostCopies:
+    """Memory for one snapshot, kept from save to save: fresh memory costs several times a copy."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """The values as they are now; valid until the next copy of the same names."""
+        taken, on_device = {}, False
+        for name, tensor in tensors:
+            copy = self._held.get(name)
+            if copy is None:
+                pinned = tensor.is_cuda
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+                self._held[name] = copy
+            copy.copy_(tensor.detach(), non_blocking=True)
+            taken[name] = copy
+            on_device |= tensor.is_cuda
+        if on_device:
+            torch.cuda.current_stream().synchronize()
+        return taken
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One rank's part of a checkpoint."""
+
+    state: dict[str, Tensor]
+    """What its file in `engine/` holds."""
+    weights: dict[str, Tensor]
+    """The model's, on the first rank; empty on the others."""
+    progress: dict
+    """What `trainer.json` holds."""
+    companions: Path
+    """The directory that tokenizer and processor files are taken from."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.state.values(), *self.weights.values()))
+
+    def write(self, folder: Path, world: World) -> float:
+        """All of the checkpoint, on the disk at return; every rank calls this.
+
+        Returns:
+            Its bytes.
+
+        Raises:
+            UsageError: the disk has too little room; OSError: it ran full, or worse.
+        """
+        (size,) = world.sum([self.nbytes])
+        world.from_first(lambda: _fresh_folder(folder, size))
+        parts = _on_all(world, lambda: self._write_own(folder, world))
+        world.from_first(lambda: self._complete(folder, parts))
+        return size
+
+    def _write_own(self, folder: Path, world: World) -> dict[str, list[int]]:
+        files = [rank_file(folder, world.rank)]
+        write_tensors(files[0], self.state)
+        if world.first:
+            save_model(folder / "model", self.weights.items(), self.companions)
+            files += (folder / "model").iterdir()
+        return checksums(folder, files)
+
+    def _complete(self, folder: Path, parts: list[dict[str, list[int]]]) -> None:
+        write_text(folder / "trainer.json", json.dumps(self.progress, indent=2))
+        parts = [*parts, checksums(folder, [folder / "trainer.json"])]
+        sums = {name: written for part in parts for name, written in part.items()}
+        write_text(folder / CHECKSUMS, json.dumps(sums, indent=2))
+        sync(folder / "engine")
+
+
+class Writer:
+    """A thread that does one job at a time."""
+
+    def __init__(self) -> None:
+        self._thread: Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def failed(self) -> bool:
+        """The last job has raised something, which `wait` will raise."""
+        return self._error is not None
+
+    def start(self, job: Callable[[], None]) -> None:
+        """Begin a job; the one before it must have been waited for."""
+
+        def work() -> None:
+            try:
+                job()
+            except BaseException as error:  # noqa: BLE001 - raised again by `wait`
+                self._error = error
+
+        # daemon: a rank that waits for a dead one must be able to end
+        self._thread = Thread(target=work, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def join(self, seconds: float | None = None) -> None:
+        """Wait for the job's end, at most so long."""
+        if self._thread:
+            self._thread.join(seconds)
+
+    def wait(self) -> None:
+        """Wait for the job's end, and raise what it raised."""
+        self.join()
+        error, self._error = self._error, None
+        if error:
+            raise error
+
+
+def check_room(folder: Path, needed: float) -> None:
+    """UsageError where the folder's disk has no room for so many bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UsageError(
+            f"a checkpoint takes {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free on the "
+            f"disk of {folder}; make room"
+        )
+
+
+def write_text(path: Path, text: str) -> None:
+    """A small file, whole or as it was before; on the disk at return."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text + "\n", encoding="utf-8")
+    sync(partial)
+    os.replace(partial, path)
+    sync(path.parent)
+
+
+def _fresh_folder(folder: Path, size: float) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+    check_room(folder.parent, size)
+    (folder / "engine").mkdir(parents=True)
+
+
+def _on_all(world: World, work: Callable[[], Any]) -> list:
+    """What `work` returns on each rank; an error of one is raised on all."""
+    try:
+        outcome = (work(), None)
+    except Exception as error:  # noqa: BLE001 - raised again below, on every rank
+        outcome = (None, error)
+    outcomes = world.gather([outcome])
+    for _, error in outcomes:
+        if error is not None:
+            raise error
+    return [result for result, _ in outcomes]
