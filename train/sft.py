@@ -84,7 +84,7 @@ def train(config: TrainConfig, world: World) -> None:
     workers, timeout = config.dataloader_num_workers, config.dataloader_timeout
     on_cuda = world.device.type == "cuda"
     with (
-        run.training(model),
+        run.training(model, log.write),
         open_loader(dataset, progress.position, workers, on_cuda, timeout) as steps,
         Stop(config, run) as stop,
         Profiler(run.dir / "profile", config.profile and world.first) as profiler,

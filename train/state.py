@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -86,7 +86,7 @@ class Run:
         self.about: list[str] = []
         """For the person who watches: what was found in the directory."""
         self._copies, self._writer = HostCopies(), Writer()
-        self._saved: list[dict] = []
+        self._saved: dict = {}
         world.from_first(self._create)
         if len(world.gather([None] if self.dir.is_dir() else [])) < world.size:
             raise UsageError(f"{self.dir} is not seen by every rank; it must lie on shared storage")
@@ -140,20 +140,24 @@ class Run:
             )
 
     @contextmanager
-    def training(self, model: nn.Module) -> Iterator[None]:
+    def training(self, model: nn.Module, log: Callable[..., None]) -> Iterator[None]:
         """The block in which checkpoints are saved; at its end all of them are on the disk.
+
+        Args:
+            log: is called as `log("saved", step, **figures)` some time after each.
 
         Raises:
             UsageError: at the start, the disk has no room for one checkpoint of the model.
             SaveError: at the end, the last one could not be written.
         """
         self.world.from_first(lambda: self._settle(model))
+        self._log = log
         try:
             yield
         except BaseException:
             self._writer.join(LAST_WAIT)
             raise
-        self._writer.wait()
+        self.wait()
 
     def _settle(self, model: nn.Module) -> None:
         """All options have been accepted: keep them."""
@@ -233,7 +237,7 @@ class Run:
             SaveError: the last checkpoint could not be written.
         """
         began = time.perf_counter()
-        self._writer.wait()
+        self.wait()
         before = self.checkpoints()
         snapshot = Snapshot(
             self._copies.take((key_of(f), f.values) for f in engine.fragments()) | random_state(),
@@ -249,11 +253,12 @@ class Run:
         """This rank knows that a checkpoint could not be written; the next save raises it."""
         return self._writer.failed
 
-    def saved(self) -> list[dict[str, float]]:
-        """Of each checkpoint written since the last call: its step, seconds in all, seconds for
-        which training waited, and gigabytes."""
-        saved, self._saved = self._saved, []
-        return saved
+    def wait(self) -> None:
+        """Until the last checkpoint, if there is one, is on the disk; SaveError as in `save`."""
+        self._writer.wait()
+        if self._saved:
+            self._log("saved", **self._saved)
+            self._saved = {}
 
     def _write(self, snapshot: Snapshot, step: int, waited: float) -> None:
         """In the thread of each rank."""
@@ -272,10 +277,12 @@ class Run:
             raise SaveError(
                 f"{final} could not be written: {reason}; the same command goes on {resumed}"
             ) from error
-        seconds = time.perf_counter() - began + waited
-        self._saved.append(
-            {"step": step, "seconds": seconds, "waited": waited, "gigabytes": size / 1e9}
-        )
+        self._saved = {
+            "step": step,
+            "seconds": round(time.perf_counter() - began + waited, 4),
+            "waited": round(waited, 4),  # of these, training
+            "gigabytes": round(size / 1e9, 4),
+        }
 
     def _put_in_place(self, folder: Path, final: Path) -> None:
         os.replace(folder, final)

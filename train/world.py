@@ -66,9 +66,11 @@ class World:
             dist.destroy_process_group()
 
     def limit_waits(self) -> None:
-        """From here on no collective, of whichever group, waits longer than the timeout."""
+        """From here on no collective waits longer than the timeout, but for the background's: its
+        ranks wait while one of them writes."""
         for group in distributed_c10d._world.pg_map if self.launched else ():
-            distributed_c10d._set_pg_timeout(self.timeout, group)
+            if group is not self.spare_group:
+                distributed_c10d._set_pg_timeout(self.timeout, group)
 
     def leave_if_rank_lost(self, error: RuntimeError) -> None:
         """Where an error comes of a rank that is gone, say so and end this process."""

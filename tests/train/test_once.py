@@ -58,6 +58,5 @@ def test_the_first_batch_that_a_model_meets_fills_the_budgets_as_no_later_one(
         return forward(model, batch)
 
     monkeypatch.setattr(VisionLanguageModel, "forward", note)
-    run_plain(setting, tmp_path / "run")
-    assert len(filled) > OPTIONS["max_steps"]
-    assert filled[0] > 1 and filled[0] == max(filled)
+    run_plain(setting, tmp_path / "run", seed=43)  # whose largest batch comes late
+    assert filled[0] == max(filled) > filled[1]

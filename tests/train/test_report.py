@@ -146,3 +146,22 @@ def test_the_command(run, tmp_path_factory, capsys):
     assert write_report(run) == run / "report.html"
     assert main([str(tmp_path_factory.mktemp("none"))]) == 2
     assert "is no run" in capsys.readouterr().err
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_in_a_browser(browser, plain_run, scheme):
+    """On a telephone: nothing is wider than the screen, loaded from elsewhere or complained of."""
+    page = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme=scheme)
+    said, asked = [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto((plain_run / "report.html").as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    ink = page.evaluate("getComputedStyle(document.querySelector('svg text')).fill")
+    light = int(re.findall(r"\d+", ink)[0]) > 128
+    assert light == (scheme == "dark")
+    page.locator("summary").click()
+    assert page.locator("pre").is_visible()
+    assert not said and all(url.startswith("file:") for url in asked)
+    page.close()

@@ -1,0 +1,1 @@
+"""The same tiny model and data through ms-swift, transformers and this project, side by side."""

@@ -1,0 +1,184 @@
+"""What every system trains: a tiny stock Qwen2.5-VL and a small multimodal data set, from a seed.
+
+The model has the hub's layout and the proportions of the real one (`CONFIG`). The lengths are those
+of `bench/lengths/instruction.npz`, an eighth of them: a fifth of the samples is text alone, and the
+longest of a step is several times its mean. A row is `{"messages": [...], "images": [...]}`, which
+all of the systems read.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vlm.checkpoint import save_model
+from vlm.data.formats import parse_row
+from vlm.data.formats.context import RowContext
+from vlm.data.limits import Limits
+from vlm.data.plan import epoch_order
+from vlm.data.processor import Processor
+from vlm.hf_config import parse_config, read_json
+from vlm.model import VisionLanguageModel, initialise
+
+BENCH = Path(__file__).parents[1]
+GOLDEN_MODEL = BENCH.parent / "tests" / "golden" / "model"
+"""Whose tokenizer and chat template the tiny model has."""
+GLOBAL_BATCH = 16
+"""Samples of a step: the recipe's 2 x 8 on one device."""
+SEED = 42
+"""Of the model, of the data, and of every system."""
+SCALE = 8
+"""Lengths and areas of images are the recorded ones divided by this."""
+MAX_PIXELS = Limits.max_pixels // SCALE
+WRAPPING = 26
+"""Tokens of the default system prompt, the roles and the ends of turns."""
+IMAGE = 28
+"""Side in pixels of a visual token."""
+
+TEXT = {
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 6,
+    "max_window_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "torch_dtype": "float32",
+}
+VISION = {
+    "depth": 8,
+    "hidden_size": 80,
+    "num_heads": 5,
+    "intermediate_size": 216,
+    "out_hidden_size": 256,
+    "fullatt_block_indexes": [7],
+}
+"""A tower that costs about a third of the decoder for each visual token, as in the 7B, and attends
+in full in one block of eight."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Files of a comparison; all sequences have the same samples in every step, but for `base`."""
+
+    model: Path
+    warm_up: int
+    """Steps that are not timed."""
+    steps: int
+    """Steps that are."""
+    sequence: Path
+    """The samples of the warm-up and of the timed steps, in their order."""
+    ours: Path
+    """The same, placed so that our plan of the first epoch has them in that order."""
+    base: Path
+    """Those of the timed steps: an epoch, for a system that has an order of its own."""
+    exact: Path
+    """One global batch whose images need no resizing, so that all systems see the same pixels."""
+    tokens: int
+    """Of the samples of the timed steps, images included."""
+
+    @property
+    def samples(self) -> int:
+        return self.steps * GLOBAL_BATCH
+
+
+def write_setting(folder: Path, warm_up: int, steps: int) -> Setting:
+    """Model and data in `folder`, the same for the same numbers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = write_model(folder / "model")
+    rng = np.random.default_rng(SEED)
+    base = write_rows(folder, "base", steps * GLOBAL_BATCH, rng)
+    exact = write_rows(folder, "exact", GLOBAL_BATCH, rng, resized=False)
+    sequence = base[-warm_up * GLOBAL_BATCH :] + base
+    order = epoch_order((len(sequence),), (1.0,), SEED, epoch=0)
+    placed = [sequence[i] for i in np.argsort(order)]
+    processor = Processor.from_pretrained(model, Limits(max_pixels=MAX_PIXELS))
+    return Setting(
+        model=model,
+        warm_up=warm_up,
+        steps=steps,
+        sequence=_write_lines(folder / "sequence.jsonl", sequence),
+        ours=_write_lines(folder / "ours.jsonl", placed),
+        base=_write_lines(folder / "base.jsonl", base),
+        exact=_write_lines(folder / "exact.jsonl", exact),
+        tokens=sum(_length(processor, folder, row) for row in base),
+    )
+
+
+def write_model(folder: Path) -> Path:
+    """A random stock Qwen2.5-VL, with the hub's names of weights; returns its directory."""
+    raw = read_json(GOLDEN_MODEL / "config.json") | TEXT
+    raw["vision_config"] = raw["vision_config"] | VISION
+    model = VisionLanguageModel(parse_config(raw))
+    initialise(model, torch.Generator().manual_seed(SEED), std=0.05)
+    hub = {"model.visual.": "visual.", "model.language_model.": "model."}
+    state = model.state_dict()
+    for ours, theirs in hub.items():
+        state = {name.replace(ours, theirs): tensor for name, tensor in state.items()}
+    save_model(folder, state.items(), GOLDEN_MODEL, raw)
+    return folder
+
+
+def write_rows(
+    folder: Path, name: str, count: int, rng: np.random.Generator, resized: bool = True
+) -> list[dict]:
+    """Rows and their images, drawn from the recorded lengths.
+
+    Args:
+        resized: images of any size, a few larger than MAX_PIXELS; else whole visual tokens.
+    """
+    with np.load(BENCH / "lengths" / "instruction.npz") as file:
+        columns = np.stack([file[column] for column in ("lengths", "targets", "patches")], axis=1)
+    drawn = columns[rng.integers(len(columns), size=count)]
+    words = _words()
+    rows = []
+    for number, (length, targets, patches) in enumerate((drawn // SCALE).tolist()):
+        visual = patches // 4
+        images = []
+        while visual >= 4:  # of at most MAX_PIXELS each
+            tokens = min(visual, MAX_PIXELS // IMAGE**2)
+            path = f"{name}-{number}-{len(images)}.jpg"
+            _picture(tokens, rng, resized).save(folder / path, quality=90)
+            images.append(str(folder / path))
+            visual -= tokens
+        answer = max(targets - 1, 1)
+        question = max(length - patches // 4 - 2 * len(images) - answer - WRAPPING, 1)
+        ask, reply = (" ".join(rng.choice(words, size)) for size in (question, answer))
+        turns = [
+            {"role": "user", "content": "<image>" * len(images) + ask},
+            {"role": "assistant", "content": reply},
+        ]
+        rows.append({"messages": turns} | ({"images": images} if images else {}))
+    return rows
+
+
+def _picture(tokens: int, rng: np.random.Generator, resized: bool) -> Image.Image:
+    """Smooth noise of about so many visual tokens."""
+    rows = max(round((tokens * rng.uniform(0.6, 1.6)) ** 0.5), 1)
+    height, width = IMAGE * rows, IMAGE * max(tokens // rows, 1)
+    if resized:
+        if tokens > 0.8 * MAX_PIXELS / IMAGE**2:  # a photo larger than is wanted
+            height, width = int(1.5 * height), int(1.5 * width)
+        height, width = (side + int(rng.integers(-9, 10)) for side in (height, width))
+    levels = rng.integers(0, 256, (height // 14 + 1, width // 14 + 1, 3), dtype=np.uint8)
+    return Image.fromarray(levels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _words() -> list[str]:
+    """Words that are one token each after a space."""
+    vocabulary = read_json(GOLDEN_MODEL / "tokenizer.json")["model"]["vocab"]
+    pieces = [token[1:] for token in vocabulary if token.startswith("Ġ")]
+    return [word for word in pieces if word.isascii() and word.isalpha()]
+
+
+def _length(processor: Processor, folder: Path, row: dict) -> int:
+    return processor.measure(parse_row(row, "sample", RowContext(folder))).length
+
+
+def _write_lines(path: Path, rows: list[dict]) -> Path:
+    text = "\n".join(json.dumps(row) for row in rows)
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
