@@ -5,7 +5,8 @@
 A model with the 8B hybrid's proportions at an eighth of its width, three layers of each tower, runs
 forward and backward over one micro-batch with an image, in float32 on a CPU, in bfloat16 on an
 NVIDIA GPU. Bytes are the allocator's, beside weights and gradients; kept is what the forward pass
-leaves for the backward pass. Times are medians of rounds in which the policies take turns.
+leaves for the backward pass. Times are medians of rounds in which the policies take turns: on a
+CPU of processor time, on one thread.
 """
 
 import json
@@ -23,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from vlm.batch import Batch
 from vlm.config import TextConfig, VisionConfig, VLMConfig
 from vlm.cost import PARTS
 from vlm.cost.memory import Load, peak_activations, saved_activations
@@ -48,6 +50,7 @@ ON_CUDA = torch.cuda.is_available()
 
 
 def main() -> None:
+    torch.set_num_threads(1)
     dtype, device = (torch.bfloat16, "cuda") if ON_CUDA else (torch.float32, "cpu")
     model = VisionLanguageModel(CONFIG)
     initialise(model, torch.Generator().manual_seed(0))
@@ -69,35 +72,45 @@ def main() -> None:
         step()
         priced = CONFIG, load, PARTS, (policy, policy), dtype.itemsize
         rows[policy] = {
-            "kept MB": measure(forward)[0] / 1e6,
-            "predicted kept MB": sum(map(int, saved_activations(*priced).values())) / 1e6,
-            "peak MB": measure(step)[1] / 1e6,
-            "predicted peak MB": sum(peak_activations(*priced).values()) / 1e6,
+            "kept MB": megabytes(measure(forward)[0]),
+            "predicted kept MB": megabytes(sum(saved_activations(*priced).values())),
+            "peak MB": megabytes(measure(step)[1]),
+            "predicted peak MB": megabytes(sum(peak_activations(*priced).values())),
         }
     for _ in range(ROUNDS):
         for policy in seconds:
             model.set_recompute(policy, policy)
-            began = time.perf_counter()
-            step()
-            if ON_CUDA:
-                torch.cuda.synchronize()
-            seconds[policy].append(time.perf_counter() - began)
+            seconds[policy].append(seconds_of(step))
     medians = {policy: statistics.median(times) for policy, times in seconds.items()}
     for policy, row in rows.items():
-        row |= {"seconds": medians[policy], "time of none": medians[policy] / medians["none"]}
+        ratio = medians[policy] / medians["none"]
+        row |= {"seconds": round(medians[policy], 3), "times that of none": round(ratio, 3)}
     record = {
-        "machine": torch.cuda.get_device_name() if ON_CUDA else platform.processor() or "CPU",
-        "torch": torch.__version__, "threads": torch.get_num_threads(), "dtype": str(dtype),
+        "machine": torch.cuda.get_device_name() if ON_CUDA else platform.machine(),
+        "torch": torch.__version__, "dtype": str(dtype),
         "tokens": TOKENS, "patches": load.patches, "policies": rows,
     }  # fmt: skip
     path = Path(__file__).parent / "results" / "recompute.json"
     path.write_text(json.dumps(record, indent=2) + "\n")
     print(f"{'':10}" + "".join(f"{name:>19}" for name in rows["none"]))
     for policy, row in rows.items():
-        print(f"{policy:10}" + "".join(f"{value:19.3f}" for value in row.values()))
+        print(f"{policy:10}" + "".join(f"{value:19}" for value in row.values()))
 
 
-def micro_batch():
+def megabytes(count: int) -> float:
+    return round(int(count) / 1e6, 2)
+
+
+def seconds_of(step: Callable[[], None]) -> float:
+    clock = time.perf_counter if ON_CUDA else time.process_time
+    began = clock()
+    step()
+    if ON_CUDA:
+        torch.cuda.synchronize()
+    return clock() - began
+
+
+def micro_batch() -> Batch:
     """One sample with one image."""
     ids = torch.zeros(TOKENS, dtype=torch.int64)
     patches = GRID[0] * GRID[1] * GRID[2]

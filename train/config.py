@@ -230,6 +230,9 @@ class TrainConfig:
             raise UsageError("give val_dataset or split_dataset_ratio, not both")
         if self.streaming and self.split_dataset_ratio:
             raise UsageError("split_dataset_ratio needs an index; with streaming, give val_dataset")
+        held_out = self.val_dataset or self.split_dataset_ratio or self.text_probe
+        if self.eval_steps > 0 and not held_out:
+            raise UsageError("eval_steps needs val_dataset, split_dataset_ratio or text_probe")
         if self.eval_steps < -1:
             raise UsageError(
                 f"eval_steps is {self.eval_steps}; it must be -1, 0 or a number of steps"

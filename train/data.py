@@ -3,6 +3,7 @@ is held out of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from vlm.data.index import Index, build_index
 from vlm.data.index_cache import default_cache_dir
 from vlm.data.index_report import index_report
 from vlm.data.ledger import Entry, Ledger
+from vlm.data.limits import Limits
 from vlm.data.loader import Step, StepDataset, make_plan
 from vlm.data.plan_report import report
 from vlm.data.processor import Processor
@@ -63,6 +65,17 @@ class TrainData:
             ahead = (step + self.config.stream_window) * self.progress.global_batch_size
             samples = (self.good or ahead) + self.bad
             self.ledger.check(samples, self.config.max_bad_fraction)
+
+
+def open_processor(config: TrainConfig, model_dir: Path) -> Processor:
+    """A model's processor, with the run's limits."""
+    return Processor.from_pretrained(
+        model_dir,
+        Limits.of(config),
+        max_length=config.max_length,
+        truncation=config.truncation,
+        think=config.think,
+    )
 
 
 def open_data(

@@ -12,7 +12,7 @@ from train.config import TrainConfig, UsageError
 STAGES = {
     "zero1": {"stage": 1},
     "zero2": {"stage": 2},
-    "zero2_offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "zero2_offload": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": True}},
 }
 OURS = {"optimizer", "scheduler", "fp16", "bf16", "amp"}
 """Sections of a DeepSpeed file that other options decide."""
@@ -38,12 +38,12 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
     }
     if config.dtype == "bfloat16":
         settings["bf16"] = {"enabled": True, "check_grad_overflow": True}
-    theirs = {}
-    if config.deepspeed not in STAGES:
+    if config.deepspeed in STAGES:
+        theirs, zero = {}, STAGES[config.deepspeed]
+    else:
         theirs = _user_settings(Path(config.deepspeed))
-    zero = theirs.get("zero_optimization", {}) or STAGES.get(config.deepspeed, {})
-    zero = {"stage": 2, "overlap_comm": False} | zero
-    return theirs | settings | {"zero_optimization": zero}
+        zero = {"stage": 2} | theirs.get("zero_optimization", {})
+    return theirs | settings | {"zero_optimization": {"overlap_comm": False} | zero}
 
 
 def _user_settings(path: Path) -> dict:

@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -50,15 +50,17 @@ def dry_run(
     data: TrainData,
     model: VisionLanguageModel,
     trains: Collection[str],
+    about: Sequence[str],
 ) -> None:
     """Print plan, cost, memory and the first sample, then run the costliest micro-batch.
 
-    Every rank calls this, the first one prints. Of a stream there is neither plan nor cost before
-    it is read.
+    Every rank calls this, the first one prints, and first of all `about`. Of a stream there is
+    neither plan nor cost before it is read.
     """
     with open_loader(data.dataset, data.progress.position) as steps:
         first = next(batch for step in steps for batch in step.micro_batches if batch.ids)
     if world.first:
+        print("\n".join(about))
         if isinstance(data.dataset, StepDataset):
             print(f"\nplan of an epoch\n{report(data.dataset.plan, PLANNED).table()}")
             _print_cost(config, world, data, model, trains)

@@ -20,9 +20,9 @@ import torch
 from tqdm import tqdm
 
 from train.config import TrainConfig
+from train.data import TrainData
 from train.engine import Engine, Stepped
 from train.provenance import device_name, provenance
-from train.state import Progress
 from train.trackers import open_trackers
 from train.update_ratio import update_ratios
 from train.world import World
@@ -34,18 +34,17 @@ TRACKED = ("train", "eval")
 """Events whose figures trackers get."""
 
 
-def introduction(
-    config: TrainConfig, world: World, progress: Progress, good: int, bad: int, total_steps: int
-) -> str:
+def introduction(config: TrainConfig, world: World, data: TrainData) -> str:
     """What is started or resumed, on what data (good and bad samples), with which limits, and
     what its speed is measured by."""
+    progress, total_steps = data.progress, data.total_steps
     defaults = environment_limits().items()
     in_force = [option for option, value in defaults if getattr(config, option) == value]
     set_by = {v: o for v, o in ENVIRONMENT.items() if o in in_force}
     verb = "resuming" if progress.step else "starting"
     if progress.step >= total_steps:
         verb = "finished, nothing is left to train:"
-    samples = "streamed samples" if config.streaming else f"{good} samples ({bad} bad)"
+    samples = "streamed samples" if config.streaming else f"{data.good} samples ({data.bad} bad)"
     return (
         f"{verb} at step {progress.step} of {total_steps}: "
         f"{samples}, {progress.global_batch_size} a step, {world.size} ranks on "
@@ -70,6 +69,7 @@ class Log:
         self, config: TrainConfig, world: World, resumed_step: int, total_steps: int
     ) -> None:
         self.enabled = world.first
+        self._resumed_step, self._total_steps = resumed_step, total_steps
         if not self.enabled:
             return
         path = config.output_dir / "log.jsonl"
@@ -79,7 +79,6 @@ class Log:
         self._trackers = open_trackers(config, resumed_step)
         peak = peak_tflops(device_name(world), config.dtype)
         self._peak_tflops = peak and peak * world.size
-        self._resumed_step, self._total_steps = resumed_step, total_steps
         self._seconds = 0.0
         self.write("start", resumed_step, total_steps=total_steps, **provenance(world))
 
@@ -127,6 +126,15 @@ class Log:
         """A line for the person who watches."""
         if self.enabled:
             tqdm.write(text)
+
+    def end(self, step: int, checkpoint: Path) -> None:
+        """The last words of a run that is over, or goes on later."""
+        if step < self._total_steps:
+            more = f"the same command goes on to step {self._total_steps}"
+            self.say(f"ended early at step {step}, saved as {checkpoint}; {more}")
+        else:
+            self.say(f"done: {checkpoint}")
+        self.close()
 
     def close(self) -> None:
         if self.enabled:
@@ -288,7 +296,8 @@ def _flat(prefix: str, values: dict) -> dict[str, float]:
 def _forget_after(path: Path, step: int) -> None:
     """Drop lines of steps that a resumed run will take again, and a torn last line; starts are
     history and stay."""
-    kept = [line for line in read_log(path) if line["step"] <= step or line["event"] == "start"]
+    done = [line for line in read_log(path) if line["event"] == "start" or line["step"] <= step]
+    kept = [line for line in done if line["event"] == "start" or step]  # none was taken before 0
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     os.replace(partial, path)

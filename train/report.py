@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from train.card import make_card
+from train.card import make_card, write_card
 from train.config import TrainConfig, UsageError
 from train.curves import STYLE as CHARTS
 from train.curves import percent, show
@@ -43,6 +43,15 @@ summary { cursor: pointer; color: var(--s0); margin: .75rem 0; }
 @media (max-width: 40rem) { dl div { grid-template-columns: 1fr; gap: 0; } }
 """
 )
+
+
+def summarise(run: Path) -> str:
+    """Write the card and the report of a run that has ended; says where, or why not."""
+    try:
+        write_card(run)
+        return f"report: {write_report(run)}"
+    except OSError as error:
+        return f"no report: {error}; `python -m train.report {run}` makes it"
 
 
 def write_report(run: Path) -> Path:

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import torch
 
-from train.card import write_card
 from train.command_line import parse
 from train.config import TrainConfig, UsageError
-from train.data import open_data
+from train.data import open_data, open_processor
 from train.dry_run import dry_run, warm_up
 from train.engine import check_engine, start_engine
 from train.evaluate import Evaluator
@@ -26,22 +25,22 @@ from train.freeze import banner, freeze, trained_parts
 from train.metrics import Log, Window, introduction
 from train.optim import learning_rate_scale, set_learning_rate
 from train.profiling import Profiler
-from train.report import write_report
+from train.report import summarise
 from train.state import Run, SaveError
 from train.stop import END, Stop
 from train.trackers import check_trackers
 from train.world import World
 from vlm.checkpoint import CheckpointError, load_model
 from vlm.data.ledger import TooManyBadSamples
-from vlm.data.limits import Limits
 from vlm.data.loader import open_loader
-from vlm.data.processor import Processor
 from vlm.data.sources import DataError
 from vlm.data.watch import DataWorkerError
 from vlm.hf_config import ConfigError
 from vlm.hub import resolve_model
 from vlm.loss import cross_entropy
 
+MISTAKES = (UsageError, ConfigError, CheckpointError, DataError, TooManyBadSamples)
+"""What was asked for cannot be done."""
 REFUSED_IN_A_ROW = 3
 """So many steps with a loss or gradient that is not finite end the run."""
 
@@ -56,13 +55,7 @@ def train(config: TrainConfig, world: World) -> None:
     model_dir = found[0] / "model" if found else _given_model(config, world)
 
     # ---- data, and the plan that follows from its measures
-    processor = Processor.from_pretrained(
-        model_dir,
-        Limits.of(config),
-        max_length=config.max_length,
-        truncation=config.truncation,
-        think=config.think,
-    )
+    processor = open_processor(config, model_dir)
     trains = trained_parts(config, processor.config)
     data = open_data(config, world, run, processor, trains, found and found[1])
     dataset, progress, total_steps = data.dataset, data.progress, data.total_steps
@@ -71,14 +64,13 @@ def train(config: TrainConfig, world: World) -> None:
     model = load_model(model_dir, getattr(torch, config.dtype), world.device).train()
     groups = freeze(model, config)
     model.set_recompute(*config.recompute)
-    log = Log(config, world, progress.step, total_steps)
-    log.say(f"model {model_dir}")  # a hub's revision is in it, for a run that started from there
-    log.say(introduction(config, world, progress, data.good, data.bad, total_steps))
-    log.say(banner(model, groups, config))
-    for text in (*run.about, *data.about):
-        log.say(text)
+    about = [f"model {model_dir}"]  # a hub's revision is in it, for a run that started from there
+    about += [introduction(config, world, data), banner(model, groups, config)]
+    about += [*run.about, *data.about]
     if config.dry_run:
-        return dry_run(config, world, processor, data, model, trains)
+        return dry_run(config, world, processor, data, model, trains, about)
+    log = Log(config, world, progress.step, total_steps)
+    log.say("\n".join(about))
     warm_up(model, dataset, world)  # memory fails here or never, but for a stream
     evaluator = Evaluator(config, world, processor, data, run)
     workers, timeout = config.dataloader_num_workers, config.dataloader_timeout
@@ -92,14 +84,12 @@ def train(config: TrainConfig, world: World) -> None:
         engine = start_engine(model, groups, config, world)
         if found:
             restore_engine(found[0], engine, progress.updates, world.rank)
-
         evaluator.at(progress.step, model, log)
 
         # ---- the loop: one turn is one optimiser step
         window, refused = Window(dataset.sources, world), 0
         for step in range(progress.step + 1, total_steps + 1):
             last = step == total_steps
-            logs = last or step % config.logging_steps == 0
             with window.waiting("data"):
                 part = next(steps)  # this rank's micro-batches, all of them
 
@@ -111,6 +101,7 @@ def train(config: TrainConfig, world: World) -> None:
             own += [len(part.bad), part.window, stop.wish(), *part.targets_by_source]
             targets, tokens, samples, flops, broken, windows, wish, *seen = world.sum(own)
             data.account(step, part, broken, windows)
+            logs = last or wish > 0 or step % config.logging_steps == 0
 
             if targets == 0:
                 log.write("skipped", step, reason="no targets", samples=world.gather(part.ids))
@@ -156,11 +147,9 @@ def train(config: TrainConfig, world: World) -> None:
             profiler.step()
             if wish >= END:
                 break
-    log.say(f"done: {run.checkpoints()[-1]}")
+    log.end(progress.step, run.checkpoints()[-1])
     if world.first:
-        write_card(run.dir)
-        log.say(f"report: {write_report(run.dir)}")
-    log.close()
+        print(summarise(run.dir))
 
 
 def _given_model(config: TrainConfig, world: World) -> Path:
@@ -174,14 +163,11 @@ def main() -> int:
         config = parse()
         world = World.start(config.deterministic, config.ddp_timeout)
         train(config, world)
-    except (UsageError, ConfigError, CheckpointError, DataError, TooManyBadSamples) as error:
+        return 0
+    except (*MISTAKES, SaveError) as error:  # known to every rank
         if world is None or world.first:
             print(f"error: {error}", file=sys.stderr)
-        return 2
-    except SaveError as error:
-        if world.first:
-            print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, SaveError) else 2
     except DataWorkerError as error:  # known to one rank alone; the launcher ends the others
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -196,7 +182,6 @@ def main() -> int:
     finally:
         if world is not None:
             world.stop()
-    return 0
 
 
 if __name__ == "__main__":

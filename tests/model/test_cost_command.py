@@ -162,6 +162,18 @@ def test_the_figures_of_a_step_add_up(model, tmp_path, capsys):
     assert f"{step['tokens per second']:,.0f} tokens/s at an MFU of 0.25" in printed
 
 
+def test_each_tower_has_its_policy(model, tmp_path, capsys):
+    kept = {}
+    for vit in ("full", "pointwise"):
+        path = tmp_path / f"{vit}.json"
+        arguments = ["--images", "896x1120", "--vit_recompute", vit, "--json", str(path)]
+        assert main(["--model", model, "--stage", "2", *DESCRIBED, *arguments]) == 0
+        assert f"recompute full, of the ViT {vit}" in capsys.readouterr().out
+        kept[vit] = json.loads(path.read_text())["memory"]["activations"]
+    assert kept["full"]["decoder"] == kept["pointwise"]["decoder"]
+    assert kept["full"]["vision tower"] < kept["pointwise"]["vision tower"]
+
+
 def test_one_gpu_sends_nothing(model, capsys):
     assert main(["--model", model, "--stage", "2", "--gpus", "1", *DESCRIBED]) == 0
     printed = capsys.readouterr().out

@@ -161,7 +161,7 @@ wait -n
 """
 SCONTROL = """
 case $1 in
-    show) [ "$3" = "here[0-1]" ] && printf '127.0.0.1\\n127.0.0.1\\n' ;;
+    show) [ "$3" = "here[0-1]" ] && printf '127.0.0.1\\n%.0s' {1..20000} ;; # a full pipe
     requeue) echo "$2" >> "$RECORD/requeued" ;;
 esac
 """
