@@ -5,11 +5,13 @@ An unknown or mistyped key is an error that suggests the nearest one, never igno
 
 import re
 import sys
+from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import get_args, get_origin
 
 import yaml
+from docstring_parser import parse_from_object
 from jsonargparse import ArgumentError, ArgumentParser
 
 from train.config import TrainConfig, UsageError
@@ -24,14 +26,8 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
         prog="train/sft.py", description=ABOUT, exit_on_error=False, allow_abbrev=False
     )
     parser.add_argument("--config", action="config", help="YAML file of options")
-    parser.add_argument(
-        "--dataset",
-        type=str | dict[str, Any],
-        nargs="+",
-        required=True,
-        help="files, directories or data sets of the hub; PATH#N: the first N rows",
-    )
-    parser.add_class_arguments(TrainConfig, skip={"dataset"})
+    lists = _add_lists(parser)
+    parser.add_class_arguments(TrainConfig, skip=lists)
     try:
         parser.set_defaults(environment_limits())
         _check_files(sys.argv[1:] if arguments is None else arguments)
@@ -42,6 +38,19 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
         raise UsageError(str(error)) from None
     options.pop("config", None)
     return TrainConfig(**options)
+
+
+def _add_lists(parser: ArgumentParser) -> set[str]:
+    """The options that are lists, each as `--name A B ...`; returns their names."""
+    about = {p.arg_name: p.description for p in parse_from_object(TrainConfig).params}
+    lists = [field for field in fields(TrainConfig) if get_origin(field.type) is list]
+    for field in lists:
+        (kind,) = get_args(field.type)
+        needed = {"required": True} if field.default_factory is MISSING else {"default": []}
+        parser.add_argument(
+            f"--{field.name}", type=kind, nargs="+", help=about[field.name], **needed
+        )
+    return {field.name for field in lists}
 
 
 def _check_files(arguments: list[str]) -> None:
@@ -59,12 +68,13 @@ def _check_files(arguments: list[str]) -> None:
             raise UsageError(f"--config {path} is not YAML: {reason}") from None
         if not isinstance(content, dict):
             raise UsageError(f"--config {path} holds no options; write `name: value` lines")
-        data = content.get("dataset", [])
-        if not isinstance(data, list) or not all(isinstance(d, str | dict) for d in data):
-            raise UsageError(
-                f"--config {path}: dataset is to be a list, a line `- PATH` or `- path: PATH` for "
-                "each source"
-            )
+        for name in ("dataset", "val_dataset", "text_probe"):
+            data = content.get(name, [])
+            if not isinstance(data, list) or not all(isinstance(d, str | dict) for d in data):
+                raise UsageError(
+                    f"--config {path}: {name} is to be a list, a line `- PATH` or `- path: PATH` "
+                    "for each source"
+                )
 
 
 def _explain(error: ArgumentError) -> str:

@@ -34,6 +34,7 @@ from train.fragments import key_of, random_state
 from train.snapshot import HostCopies, Snapshot, Writer, check_room, write_text
 from train.world import World
 from vlm.data.plan import Position
+from vlm.partial import sync
 from vlm.tensor_file import CheckpointError
 
 ENGINES_KEPT = 2
@@ -210,7 +211,10 @@ class Run:
         flaws = self.world.gather([flaw(folder, *file) for file in share])
         for text in filter(None, flaws):
             raise CheckpointError(text)
-        return Progress(**json.loads((folder / "trainer.json").read_text(encoding="utf-8")))
+        try:
+            return Progress(**json.loads((folder / "trainer.json").read_text(encoding="utf-8")))
+        except TypeError:
+            raise CheckpointError("another version of train/state.py wrote it") from None
 
     def _resume(self, whole: Path, broken: dict[Path, str]) -> None:
         for folder, text in broken.items():
@@ -286,7 +290,8 @@ class Run:
 
     def _put_in_place(self, folder: Path, final: Path) -> None:
         os.replace(folder, final)
-        write_text(self.dir / "latest", final.name)  # which syncs the rename, too
+        sync(self.dir)
+        write_text(self.dir / "latest", final.name)
         checkpoints = self.checkpoints()
         for old in checkpoints[: -self.config.save_total_limit]:
             self._delete(old, old)

@@ -280,7 +280,7 @@ def test_a_resume_with_another_split_is_refused(setting, tmp_path):
     run = run_until(setting, tmp_path / "run", 3, save_steps=3, **HALF)
     for ratio in (0.25, 0.0):
         with pytest.raises(UsageError, match="the data differs"):
-            run_plain(setting, run, **HALF | {"split_dataset_ratio": ratio})
+            run_plain(setting, run, **HALF | {"split_dataset_ratio": ratio, "eval_steps": -1})
 
 
 def test_a_resumed_run_evaluates_each_step_once(setting, evaluated_run, tmp_path):

@@ -2,11 +2,13 @@
 
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.train.runs import run_plain, run_until, same, weights_of
+import train.snapshot
+from tests.train.runs import log_of, run_plain, run_until, same, weights_of
 from train.config import UsageError
 
 RANK = "engine/rank-00000.safetensors"
@@ -101,3 +103,23 @@ def test_a_refused_start_keeps_the_options(setting, run):
     with pytest.raises(UsageError, match="was started with seed 42"):
         run_plain(setting, run, seed=1)
     assert (run / "config.yaml").read_text() == before
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(setting, plain_run, tmp_path, monkeypatch):
+    """The files of step 3 are written after step 5, and hold the state of step 3."""
+    run, honest, steps = tmp_path / "run", train.snapshot.write_tensors, []
+
+    def write_later(path: Path, tensors: dict) -> None:
+        until = time.monotonic() + 60
+        while log_of(run)[-1]["step"] < 5 and time.monotonic() < until:
+            time.sleep(0.01)
+        steps.append(log_of(run)[-1]["step"])
+        honest(path, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.snapshot, "write_tensors", write_later)
+        run_plain(setting, run, save_steps=3)
+    assert steps[0] == 5
+    shutil.rmtree(run / "checkpoint-6")
+    run_plain(setting, run)
+    assert same(weights_of(run, 6), weights_of(plain_run, 6))

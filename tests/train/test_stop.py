@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -114,17 +115,19 @@ def test_a_time_limit(setting, plain_run, tmp_path):
     assert same(weights_of(run, 6), weights_of(plain_run, 6))
 
 
-class Healthy:
+@dataclass
+class Writing:
     """A run, as `Stop` sees it."""
 
-    failed, began = False, 0.0
+    failed: bool
+    began: float = 0.0
 
 
-def test_wishes(plain_run):
+def test_wishes():
     """Each rank's, and what their sum means; nothing is lost, and handlers are put back."""
     config = TrainConfig(model="model", dataset=["data"], output_dir=Path("run"))
     before = signal.getsignal(signal.SIGTERM)
-    with Stop(config, Healthy()) as stop:
+    with Stop(config, Writing(failed=False)) as stop:
         assert stop.wish() == 0
         signal.raise_signal(signal.SIGUSR1)
         assert [stop.wish(), stop.wish()] == [SAVE, 0]
@@ -132,4 +135,6 @@ def test_wishes(plain_run):
         signal.raise_signal(signal.SIGTERM)
         assert stop.wish() == stop.wish() == END
     assert signal.getsignal(signal.SIGTERM) == before
+    with Stop(config, Writing(failed=True)) as stop:
+        assert stop.wish() == END
     assert SAVE * 100_000 < END  # no number of ranks that wish to save makes an end
