@@ -76,9 +76,9 @@ def train(config: TrainConfig, world: World) -> None:
     workers, timeout = config.dataloader_num_workers, config.dataloader_timeout
     on_cuda = world.device.type == "cuda"
     with (
+        Stop(config, run) as stop,
         run.training(model, log.write),
         open_loader(dataset, progress.position, workers, on_cuda, timeout) as steps,
-        Stop(config, run) as stop,
         Profiler(run.dir / "profile", config.profile and world.first) as profiler,
     ):
         engine = start_engine(model, groups, config, world)

@@ -103,6 +103,8 @@ class Run:
                 shutil.rmtree(torn)
         except OSError as error:
             raise UsageError(f"output_dir {self.dir} cannot be written ({error})") from None
+        if not os.access(self.dir, os.W_OK):
+            raise UsageError(f"output_dir {self.dir} cannot be written")
         changes = self._changed_options()
         if changes:
             self.about.append(f"options that differ from those of the last start: {changes}")

@@ -33,6 +33,7 @@ class PlainOptions:
     model: str
     data: str
     output_dir: str
+    min_pixels: int
     max_pixels: int
     merger_alone: bool
     """Stage 1; else everything trains."""
@@ -62,7 +63,7 @@ class Conversations(Dataset):
         prompt = self.processor.apply_chat_template(_parts(asked), add_generation_prompt=True)
         inputs = self.processor(text=[prompt], images=images or None, return_tensors="pt")
         reply = self.processor.tokenizer(
-            answer["content"] + "<|im_end|>", add_special_tokens=False, return_tensors="pt"
+            answer["content"] + "<|im_end|>\n", add_special_tokens=False, return_tensors="pt"
         ).input_ids
         labels = torch.cat([torch.full_like(inputs.input_ids, IGNORED), reply], dim=1)
         media = {k: inputs[k] for k in ("pixel_values", "image_grid_thw") if k in inputs}
@@ -132,7 +133,8 @@ class LogSteps(TrainerCallback):
 
 def run(options: PlainOptions) -> None:
     """Train by the options, and save the last step's checkpoint."""
-    processor = AutoProcessor.from_pretrained(options.model, max_pixels=options.max_pixels)
+    size = {"shortest_edge": options.min_pixels, "longest_edge": options.max_pixels}
+    processor = AutoProcessor.from_pretrained(options.model, size=size)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         options.model, dtype=torch.float32, attn_implementation="sdpa"
     )

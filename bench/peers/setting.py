@@ -62,7 +62,7 @@ in full in one block of eight."""
 
 @dataclass(frozen=True)
 class Setting:
-    """Files of a comparison; all sequences have the same samples in every step, but for `base`."""
+    """Files of a comparison; a step has the same samples for every system, but for `grouped`."""
 
     model: Path
     warm_up: int
@@ -73,8 +73,9 @@ class Setting:
     """The samples of the warm-up and of the timed steps, in their order."""
     ours: Path
     """The same, placed so that our plan of the first epoch has them in that order."""
-    base: Path
-    """Those of the timed steps: an epoch, for a system that has an order of its own."""
+    grouped: Path
+    """The same number, the timed steps' samples sorted by length, the longest first, as Trainer's
+    `group_by_length` has them inside 50 steps."""
     exact: Path
     """One global batch whose images need no resizing, so that all systems see the same pixels."""
     tokens: int
@@ -90,21 +91,23 @@ def write_setting(folder: Path, warm_up: int, steps: int) -> Setting:
     folder.mkdir(parents=True, exist_ok=True)
     model = write_model(folder / "model")
     rng = np.random.default_rng(SEED)
-    base = write_rows(folder, "base", steps * GLOBAL_BATCH, rng)
+    timed = write_rows(folder, "timed", steps * GLOBAL_BATCH, rng)
+    warming = write_rows(folder, "warming", warm_up * GLOBAL_BATCH, rng)
     exact = write_rows(folder, "exact", GLOBAL_BATCH, rng, resized=False)
-    sequence = base[-warm_up * GLOBAL_BATCH :] + base
-    order = epoch_order((len(sequence),), (1.0,), SEED, epoch=0)
-    placed = [sequence[i] for i in np.argsort(order)]
+    order = epoch_order((len(warming + timed),), (1.0,), SEED, epoch=0)
+    placed = [(warming + timed)[i] for i in np.argsort(order)]
     processor = Processor.from_pretrained(model, Limits(max_pixels=MAX_PIXELS))
+    lengths = [_length(processor, folder, row) for row in timed]
+    grouped = [timed[i] for i in np.argsort(lengths)[::-1]]
     return Setting(
         model=model,
         warm_up=warm_up,
         steps=steps,
-        sequence=_write_lines(folder / "sequence.jsonl", sequence),
+        sequence=_write_lines(folder / "sequence.jsonl", warming + timed),
         ours=_write_lines(folder / "ours.jsonl", placed),
-        base=_write_lines(folder / "base.jsonl", base),
+        grouped=_write_lines(folder / "grouped.jsonl", warming + grouped),
         exact=_write_lines(folder / "exact.jsonl", exact),
-        tokens=sum(_length(processor, folder, row) for row in base),
+        tokens=sum(lengths),
     )
 
 

@@ -97,7 +97,7 @@ def check_latest(run: Path) -> None:
 
 
 def test_one_moment_of_a_plain_run(setting, tmp_path):
-    ends_as_uninterrupted(setting, tmp_path, 0, 1, time.time_ns(), last=40, within=0.3)
+    ends_as_uninterrupted(setting, tmp_path, 0, 1, time.time_ns(), last=30, within=0.2)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import train.snapshot
-from tests.train.runs import command, launch, run_plain, same, weights_of
+from tests.train.runs import command, launch, run_plain, run_ranks, same, weights_of
 from train.config import UsageError
 from train.state import SaveError
 
@@ -106,3 +106,35 @@ def test_a_write_breaks_off(setting, plain_run, tmp_path, monkeypatch):
     monkeypatch.undo()
     run_plain(setting, run, save_steps=2)
     assert same(weights_of(run, 6), weights_of(plain_run, 6))
+
+
+LIMITED = """
+import os, resource, sys
+import train.snapshot
+from train.sft import main
+
+honest = train.snapshot.write_tensors
+
+def limited(path, tensors):
+    if os.environ["RANK"] == "1" and "checkpoint-4.partial" in path.parts:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
+    honest(path, tensors)
+
+train.snapshot.write_tensors = limited
+sys.exit(main())
+"""
+
+
+def test_the_write_of_one_rank_breaks_off(setting, two_rank_run, tmp_path):
+    """All ranks end; one of them says why."""
+    run, script, options = tmp_path / "run", tmp_path / "limited.py", {"save_steps": 2}
+    script.write_text(LIMITED)
+    failed = launch(command(setting, run, 2, script=script, **options))
+    assert failed.returncode == 1
+    told = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
+    resumes = "the same command goes on from checkpoint-2"
+    assert told == [
+        f"error: {run / 'checkpoint-4'} could not be written: File too large; {resumes}"
+    ]
+    run_ranks(setting, run, 2, **options)
+    assert same(weights_of(run, 6), weights_of(two_rank_run, 6))
