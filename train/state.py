@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from errno import ENOSPC
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -44,7 +45,7 @@ LAST_WAIT = 60
 
 
 class SaveError(RuntimeError):
-    """A checkpoint could not be written; those before it are whole."""
+    """A checkpoint or the log could not be written; the checkpoints before are whole."""
 
 
 @dataclass(frozen=True)
@@ -151,14 +152,16 @@ class Run:
 
         Raises:
             UsageError: at the start, the disk has no room for one checkpoint of the model.
-            SaveError: at the end, the last one could not be written.
+            SaveError: at the end, the last one could not be written; or the disk ran full.
         """
         self.world.from_first(lambda: self._settle(model))
         self._log = log
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             self._writer.join(LAST_WAIT)
+            if isinstance(error, OSError) and error.errno == ENOSPC:  # the log's
+                raise SaveError(f"{self.dir}: {error.strerror}; {self._next()}") from error
             raise
         self.wait()
 
@@ -278,17 +281,17 @@ class Run:
             if world.first:
                 shutil.rmtree(folder, ignore_errors=True)
             reason = getattr(error, "strerror", None) or error
-            whole = [checkpoint.name for checkpoint in self.checkpoints()]
-            resumed = f"from {whole[-1]}" if whole else "from the start"
-            raise SaveError(
-                f"{final} could not be written: {reason}; the same command goes on {resumed}"
-            ) from error
+            raise SaveError(f"{final} could not be written: {reason}; {self._next()}") from error
         self._saved = {
             "step": step,
             "seconds": round(time.perf_counter() - began + waited, 4),
             "waited": round(waited, 4),  # of these, training
             "gigabytes": round(size / 1e9, 4),
         }
+
+    def _next(self) -> str:
+        whole = self.checkpoints()
+        return f"the same command goes on from {whole[-1].name if whole else 'the start'}"
 
     def _put_in_place(self, folder: Path, final: Path) -> None:
         os.replace(folder, final)

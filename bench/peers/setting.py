@@ -32,7 +32,7 @@ SEED = 42
 """Of the model, of the data, and of every system."""
 SCALE = 8
 """Lengths and areas of images are the recorded ones divided by this."""
-MAX_PIXELS = Limits.max_pixels // SCALE
+MIN_PIXELS, MAX_PIXELS = Limits.min_pixels, Limits.max_pixels // SCALE
 WRAPPING = 26
 """Tokens of the default system prompt, the roles and the ends of turns."""
 IMAGE = 28

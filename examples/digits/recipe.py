@@ -7,6 +7,9 @@ from typing import Literal
 
 from examples.digits.processes import RANKS, run, start
 
+HELD_OUT = 128
+"""Questions that each stage is evaluated on while it trains."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -34,6 +37,8 @@ class Recipe:
             *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)),
             *("train/sft.py", "--config", f"configs/demo/{stage}.yaml"),
             *("--model", model, "--dataset", self.data / f"{stage}.jsonl"),
+            *("--val_dataset", f"{self.data / 'held_out.jsonl'}#{HELD_OUT}"),
+            *("--text_probe", f"{self.data / 'held_out_text.jsonl'}#{HELD_OUT}"),
             *("--output_dir", self.out / stage),
             threads=1,
         )

@@ -68,22 +68,40 @@ def test_no_room_for_another_one(setting, plain_run, disk):
     assert same(weights_of(disk / "run", 6), weights_of(plain_run, 6))
 
 
-def test_the_disk_runs_full_during_a_write(setting, plain_run, disk, monkeypatch):
-    honest = train.snapshot.save_model
+FULL = """
+import os, sys
+import train.snapshot
+from train.sft import main
 
-    def fill_and_write(folder: Path, *args) -> None:
-        if folder.parent.name == "checkpoint-4.partial":
-            fill(disk, left=1)
-        honest(folder, *args)
+honest = train.snapshot.save_model
 
-    monkeypatch.setattr(train.snapshot, "save_model", fill_and_write)
-    with pytest.raises(SaveError, match=r"checkpoint-4 could not be written: .*checkpoint-2"):
-        run_plain(setting, disk / "run", save_steps=2)
-    assert not list(disk.glob("run/*.partial"))
-    (disk / "filler").unlink()
-    monkeypatch.undo()
-    run_plain(setting, disk / "run", save_steps=2)
-    assert same(weights_of(disk / "run", 6), weights_of(plain_run, 6))
+def fill_and_write(folder, *args):
+    if folder.parent.name == "checkpoint-4.partial":
+        try:
+            with open(os.environ["FILLER"], "wb", buffering=0) as filler:
+                while True:
+                    filler.write(bytes(4096))
+        except OSError:
+            pass
+    honest(folder, *args)
+
+train.snapshot.save_model = fill_and_write
+sys.exit(main())
+"""
+
+
+def test_the_disk_runs_full_during_a_write(setting, plain_run, disk, tmp_path):
+    """To the last byte, so that the log finds no room either."""
+    script, filler, run = tmp_path / "full.py", disk / "filler", disk / "run"
+    script.write_text(FULL)
+    full = launch(command(setting, run, 0, script=script, save_steps=2), FILLER=str(filler))
+    assert full.returncode == 1
+    (told,) = full.stderr.splitlines()
+    assert "No space left on device" in told or "GB are free" in told
+    assert told.endswith("the same command goes on from checkpoint-2")
+    filler.unlink()
+    run_plain(setting, run, save_steps=2)
+    assert same(weights_of(run, 6), weights_of(plain_run, 6))
 
 
 def test_a_write_breaks_off(setting, plain_run, tmp_path, monkeypatch):
