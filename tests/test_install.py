@@ -45,6 +45,7 @@ class Project:
             "requirements-cpu.txt",
             "requirements-gpu.txt",
             "requirements-vlmevalkit.txt",
+            "requirements-swift.txt",
             "setup.py",
             "pyproject.toml",
             "tools/install.sh",
@@ -158,7 +159,7 @@ def test_an_environment_that_there_is_not(project):
     result = project.install("vlmeval")
     assert result.returncode == 1
     assert result.stderr == (
-        "install: error: there is no environment vlmeval; there is vlmevalkit.\n"
+        "install: error: there is no environment vlmeval; there are vlmevalkit and swift.\n"
     )
 
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Creates .venv and installs everything that the tests and the demo need. `make install` runs it.
-# With the argument `vlmevalkit` it creates .venv-vlmevalkit, where eval/vlmevalkit.py works.
+# With the argument `vlmevalkit` it creates .venv-vlmevalkit, where eval/vlmevalkit.py works, and
+# with `swift` .venv-swift, where the peers of bench/peers do.
 #
 #   PYTHON=python3.12   the interpreter to use (default: the first of python3, python3.13,
 #                       python3.12, python3.11 that is new enough)
@@ -17,12 +18,12 @@ case "${1:-}" in
         readonly VENV=.venv REQUIREMENTS=requirements.txt
         inputs+=(requirements-cpu.txt requirements-gpu.txt setup.py pyproject.toml)
         ;;
-    vlmevalkit)
-        readonly VENV=.venv-vlmevalkit REQUIREMENTS=requirements-vlmevalkit.txt
-        inputs+=(requirements-vlmevalkit.txt)
+    vlmevalkit | swift)
+        readonly VENV=.venv-$1 REQUIREMENTS=requirements-$1.txt
+        inputs+=("$REQUIREMENTS")
         ;;
     *)
-        echo "install: error: there is no environment $1; there is vlmevalkit." >&2
+        echo "install: error: there is no environment $1; there are vlmevalkit and swift." >&2
         exit 1
         ;;
 esac
@@ -138,16 +139,18 @@ install_graftvl() {
         stop "graftvl itself could not be installed (pip's reason is above)."
 }
 
-# Everything but torch, for .venv-vlmevalkit.
-install_vlmevalkit() {
+# Everything but torch, for .venv-vlmevalkit or .venv-swift.
+install_other() {
     say "installing the other packages of $REQUIREMENTS"
     pip_install -r "$REQUIREMENTS" ||
         stop "the packages of $REQUIREMENTS could not be installed (pip's reason is above); check" \
             "the network and run this again."
-    # Both builds of OpenCV own the same files.
-    "$VENV/bin/python" -m pip uninstall --quiet --yes opencv-python
-    pip_install --no-deps --force-reinstall "$(pinned opencv-python-headless "$REQUIREMENTS")" ||
-        stop "OpenCV without a desktop could not be installed (pip's reason is above)."
+    if [ "$VENV" = .venv-vlmevalkit ]; then
+        # Both builds of OpenCV own the same files.
+        "$VENV/bin/python" -m pip uninstall --quiet --yes opencv-python
+        pip_install --no-deps --force-reinstall "$(pinned opencv-python-headless "$REQUIREMENTS")" ||
+            stop "OpenCV without a desktop could not be installed (pip's reason is above)."
+    fi
     "$VENV/bin/python" serve/cpu_shims/install.py
 }
 
@@ -167,7 +170,7 @@ say "making $VENV with $("$python" --version 2>&1) ($(command -v "$python")); ta
 pip_install "$setuptools" ||
     stop "$setuptools could not be downloaded (pip's reason is above); check the network."
 install_torch
-if [ "$VENV" = .venv ]; then install_graftvl; else install_vlmevalkit; fi
+if [ "$VENV" = .venv ]; then install_graftvl; else install_other; fi
 check_torch
 printf '%s\n' "$torch_index" >"$REMEMBERED_INDEX"
 printf '%s\n' "$wanted" >"$STAMP"

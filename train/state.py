@@ -8,9 +8,8 @@
         trainer.json                  step, place in the plan, updates
         checksums.json                of all these files
 
-A fragment is named `parameter|kind|start`, so that any number of ranks can read what it needs
-without conversion, communication or pickle. A checkpoint is written beside its final name, by a
-thread while training goes on, and renamed once it is on the disk: it is whole or absent.
+A checkpoint is written beside its final name, by a thread while training goes on, and renamed once
+it is on the disk: it is whole or absent. One that was damaged later is put aside at a resume.
 """
 
 import json
@@ -18,7 +17,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from errno import ENOSPC
 from functools import partial
@@ -106,22 +105,16 @@ class Run:
             raise UsageError(f"output_dir {self.dir} cannot be written ({error})") from None
         if not os.access(self.dir, os.W_OK):
             raise UsageError(f"output_dir {self.dir} cannot be written")
-        changes = self._changed_options()
-        if changes:
-            self.about.append(f"options that differ from those of the last start: {changes}")
+        self._tell_changes()
 
-    def _changed_options(self) -> str:
-        """`name: old -> new` of each, or nothing."""
+    def _tell_changes(self) -> None:
         new = yaml.safe_load(self.config.to_yaml())
-        try:
+        with suppress(FileNotFoundError, TypeError, yaml.YAMLError):  # none yet, or no longer one
             old = yaml.safe_load((self.dir / "config.yaml").read_text(encoding="utf-8"))
-            return ", ".join(
-                f"{name}: {old[name]} -> {value}"
-                for name, value in new.items()
-                if name in old and old[name] != value
-            )
-        except (OSError, ValueError, TypeError, yaml.YAMLError):  # none yet, or torn
-            return ""
+            changed = [name for name in new if name in old and old[name] != new[name]]
+            texts = ", ".join(f"{name}: {old[name]} -> {new[name]}" for name in changed)
+            if texts:
+                self.about.append(f"options that differ from those of the last start: {texts}")
 
     def begin(self, samples: int, data: str) -> Progress:
         """Where a fresh run stands. The size of its global batches is fixed here, for good."""
@@ -174,8 +167,6 @@ class Run:
             write_text(self.dir / "config.yaml", self.config.to_yaml())
         except OSError as error:
             raise UsageError(f"output_dir {self.dir} cannot be written ({error})") from None
-
-    # ---- reading
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
@@ -231,8 +222,6 @@ class Run:
                 f"from {whole.name}"
             )
         write_text(self.dir / "latest", whole.name)
-
-    # ---- writing
 
     def save(self, model: nn.Module, engine: Engine, progress: Progress, companions: Path) -> None:
         """Copy the state to the host's memory, and let a thread write checkpoint-<step>; every

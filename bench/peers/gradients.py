@@ -55,12 +55,12 @@ def compare(theirs: Gradients, ours: Gradients) -> Difference:
 
 def gradients_of_ours(job: Job) -> Gradients:
     """From the fragments of our checkpoint of the first step."""
-    path = job.out / "run" / "checkpoint-1" / "engine" / "rank-0.safetensors"
+    path = job.out / "run" / "checkpoint-1" / "engine" / "rank-00000.safetensors"
     gradients = {}
     with safe_open(path, "pt") as file:
         for key in file.keys():  # noqa: SIM118 - no mapping
-            name, kind, _ = key.split("|")
-            if kind == "exp_avg":
+            name, _, place = key.partition("|")
+            if place == "exp_avg|0":
                 gradients[name] = file.get_tensor(key).flatten() / (1 - BETA1)
     return gradients
 
