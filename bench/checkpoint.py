@@ -4,8 +4,9 @@
 
 A hybrid of random weights in float32, all of which train, on one process with the plain engine and
 one thread. After each save comes about as much work (matrix products) as the write takes, so that
-a checkpoint is written beside work, as in training. The first save also takes the memory for its
-copies; the figures are the later ones' medians. Writes `bench/results/checkpoint.json`.
+a checkpoint is written beside work, as in training. The memory for copies is taken before, as in
+the loop. All figures but those of the first save are medians. Writes
+`bench/results/checkpoint.json`.
 """
 
 import argparse
@@ -71,6 +72,8 @@ def measure(folder: Path, width: int, layers: int, saves: int) -> dict[str, obje
         run.save(model, engine, progress.at(progress.position, step, step), folder)
 
     with run.training(model, lambda _event, **figures: saved.append(figures)):
+        run.reserve(model, engine)
+        run.wait()
         first = seconds(lambda: save(1)) + seconds(run.wait)
         products = max(1, round(10 * first / seconds(lambda: work(10))))
         alone = seconds(lambda: work(products))

@@ -155,6 +155,17 @@ def test_vlmevalkit_has_an_environment_of_its_own_with_a_cpu_torch(project):
     assert ".venv-vlmevalkit is up to date" in project.install("vlmevalkit").stdout
 
 
+def test_ms_swift_has_an_environment_of_its_own_with_a_cpu_torch(project):
+    project.add_command("nvidia-smi", "#!/bin/sh\necho 'GPU 0: one'\n")
+    assert project.install("swift").returncode == 0
+    asked = project.asked_of_pip
+    torch = next(n for n, line in enumerate(asked) if "torch==2.13.0+cpu" in line)
+    rest = next(n for n, line in enumerate(asked) if "-r requirements-swift.txt" in line)
+    assert torch < rest
+    assert not any("opencv" in line for line in asked)
+    assert ".venv-swift is up to date" in project.install("swift").stdout
+
+
 def test_an_environment_that_there_is_not(project):
     result = project.install("vlmeval")
     assert result.returncode == 1

@@ -19,8 +19,9 @@ from train.engine import Engine, Fragment
 from vlm.tensor_file import NAMES, make_header
 
 
-def key_of(fragment: Fragment) -> str:
-    return f"{fragment.parameter}|{fragment.kind}|{fragment.start}"
+def fragments_of(engine: Engine) -> list[tuple[str, Tensor]]:
+    """Key and values of each."""
+    return [(f"{f.parameter}|{f.kind}|{f.start}", f.values) for f in engine.fragments()]
 
 
 def rank_file(folder: Path, rank: int) -> Path:

@@ -84,6 +84,7 @@ def train(config: TrainConfig, world: World) -> None:
         engine = start_engine(model, groups, config, world)
         if found:
             restore_engine(found[0], engine, progress.updates, world.rank)
+        run.reserve(model, engine)
         evaluator.at(progress.step, model, log)
 
         # ---- the loop: one turn is one optimiser step

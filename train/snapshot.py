@@ -28,21 +28,22 @@ class HostCopies:
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}
 
+    def reserve(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Take the memory for copies of these, where it has not been taken yet."""
+        for name, tensor in tensors:
+            if name not in self._held:
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self._held[name] = copy.zero_()  # a page is taken when it is first written
+
     def take(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """The values as they are now; valid until the next copy of the same names."""
-        taken, on_device = {}, False
-        for name, tensor in tensors:
-            copy = self._held.get(name)
-            if copy is None:
-                pinned = tensor.is_cuda
-                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-                self._held[name] = copy
-            copy.copy_(tensor.detach(), non_blocking=True)
-            taken[name] = copy
-            on_device |= tensor.is_cuda
-        if on_device:
+        originals = dict(tensors)
+        self.reserve(originals.items())
+        for name, tensor in originals.items():
+            self._held[name].copy_(tensor.detach(), non_blocking=True)
+        if any(tensor.is_cuda for tensor in originals.values()):
             torch.cuda.current_stream().synchronize()
-        return taken
+        return {name: self._held[name] for name in originals}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from errno import ENOSPC
@@ -25,12 +25,12 @@ from itertools import count
 from pathlib import Path
 
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from train.checksums import flaw, read_checksums
 from train.config import TrainConfig, UsageError
 from train.engine import MOMENTS, Engine
-from train.fragments import key_of, random_state
+from train.fragments import fragments_of, random_state
 from train.snapshot import HostCopies, Snapshot, Writer, check_room, write_text
 from train.world import World
 from vlm.data.plan import Position
@@ -223,6 +223,14 @@ class Run:
             )
         write_text(self.dir / "latest", whole.name)
 
+    def reserve(self, model: nn.Module, engine: Engine) -> None:
+        """Take the memory for copies beside the first steps, not in the first save."""
+        tensors = [*fragments_of(engine), *self._weights(model)]
+        self._writer.start(lambda: self._copies.reserve(tensors))
+
+    def _weights(self, model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+        return model.state_dict().items() if self.world.first else ()
+
     def save(self, model: nn.Module, engine: Engine, progress: Progress, companions: Path) -> None:
         """Copy the state to the host's memory, and let a thread write checkpoint-<step>; every
         rank calls this.
@@ -238,8 +246,8 @@ class Run:
         self.wait()
         before = self.checkpoints()
         snapshot = Snapshot(
-            self._copies.take((key_of(f), f.values) for f in engine.fragments()) | random_state(),
-            self._copies.take(model.state_dict().items()) if self.world.first else {},
+            self._copies.take(fragments_of(engine)) | random_state(),
+            self._copies.take(self._weights(model)),
             asdict(progress),
             before[-1] / "model" if before else companions,
         )

@@ -15,13 +15,21 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from bench.peers.gradients import Gradients, compare, gradients_of_ours, gradients_of_peer
-from bench.peers.results import Figures, figures_of, print_gradients, print_speeds, write_result
-from bench.peers.setting import GLOBAL_BATCH, Setting, write_setting
+from bench.peers.results import (
+    figures_of,
+    print_gradients,
+    print_speeds,
+    table,
+    write_result,
+)
+from bench.peers.setting import GLOBAL_BATCH, SIZES, Setting, write_setting
 from bench.peers.systems import REFERENCE, SYSTEMS, Job, System, environment
 from bench.peers.watch import PeerError, Watched, watch
+from bench.peers.work import surplus
 
 HERE = Path(__file__).parent
 
@@ -36,6 +44,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--steps", type=int, default=8, help="that are timed, of 16 samples each")
     parser.add_argument("--warm_up", type=int, default=2, help="steps before them")
     parser.add_argument("--threads", type=int, default=1, help="that a process computes with")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--stages", type=int, nargs="+", choices=(1, 2), default=[1, 2])
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument(
@@ -59,46 +68,33 @@ def run(job: Job, system: System, threads: int) -> Watched:
 def measure_gradients(
     systems: Sequence[System], setting: Setting, stage: int, threads: int
 ) -> list[dict]:
-    """Each system's gradient against ours: the batch as one micro-batch, and as the recipe cuts it
-    where the system has it so."""
+    """Each system's gradient against ours: the batch as one micro-batch, and cut as the system
+    cuts it while its speed is measured."""
     ours = SYSTEMS[REFERENCE]
-    reference, loss = _gradient(ours, setting, stage, ours.micro_batch, threads)
+    reference = gradient(ours, setting, stage, ours.micro_batch, threads)
     rows = []
     for system in systems:
         for micro_batch in sorted({GLOBAL_BATCH, system.micro_batch}, reverse=True):
-            if system is ours:
-                continue
-            theirs, their_loss = _gradient(system, setting, stage, micro_batch, threads)
-            difference = compare(theirs, reference)
-            rows.append(
-                {
-                    "system": system.name,
-                    "stage": stage,
-                    "micro_batch": micro_batch,
-                    "loss": their_loss,
-                    "loss_of_ours": loss,
-                    "relative_difference": difference.relative,
-                    "cosine": difference.cosine,
-                }
-            )
+            if system is not ours:
+                theirs = gradient(system, setting, stage, micro_batch, threads)
+                row = {"stage": stage, "system": system.name, "micro_batch": micro_batch}
+                rows.append(row | asdict(compare(theirs, reference)))
     return rows
 
 
-def _gradient(
+def gradient(
     system: System, setting: Setting, stage: int, micro_batch: int, threads: int
-) -> tuple[Gradients, float]:
-    """And the loss of the step."""
+) -> Gradients:
+    """Of one step over the setting's `exact` samples."""
     job = system.one_step(setting, stage, micro_batch, setting.model.parent / "gradient")
-    watched = run(job, system, threads)
-    read = gradients_of_ours if system.name == REFERENCE else gradients_of_peer
-    return read(job), float(watched.lines[0]["loss"])
+    run(job, system, threads)
+    return gradients_of_ours(job) if system.name == REFERENCE else gradients_of_peer(job)
 
 
 def measure_speeds(
     systems: Sequence[System], setting: Setting, stages: Sequence[int], rounds: int, threads: int
-) -> dict[tuple[int, str], list[Figures]]:
-    """(stage, system) -> its figures in every round; the systems take turns, from another one on
-    in each round."""
+) -> list[dict]:
+    """A row for each stage and system; the systems take turns, each round from another one on."""
     found = {(stage, system.name): [] for stage in stages for system in systems}
     out = setting.model.parent / "speed"
     for number in range(rounds):
@@ -113,27 +109,33 @@ def measure_speeds(
                     f" {figures.samples_per_second:.2f} samples/s",
                     file=sys.stderr,
                 )
-    return found
+    return table(found)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     systems = [SYSTEMS[name] for name in options.systems]
+    gradients, speeds, work = [], [], []
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            setting = write_setting(Path(folder), options.warm_up, options.steps)
-            gradients = []
-            for stage in options.stages:
-                gradients += measure_gradients(systems, setting, stage, options.threads)
-            print_gradients(gradients)
-            speeds = measure_speeds(
-                systems, setting, options.stages, options.rounds, options.threads
-            )
-            print_speeds(speeds)
-            write_result(options.out, options, setting, gradients, speeds)
+        for size in options.sizes:
+            with tempfile.TemporaryDirectory() as folder:
+                setting = write_setting(Path(folder), size, options.warm_up, options.steps)
+                compared = []
+                for stage in options.stages:
+                    compared += measure_gradients(systems, setting, stage, options.threads)
+                print_gradients(size, compared)
+                timed = measure_speeds(
+                    systems, setting, options.stages, options.rounds, options.threads
+                )
+                print_speeds(size, timed)
+                for stage in options.stages:
+                    work.append({"size": size, "stage": stage, "ratio": surplus(setting, stage)})
+            gradients += [{"size": size} | row for row in compared]
+            speeds += [{"size": size} | row for row in timed]
     except PeerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    write_result(options, gradients, speeds, work)
     return 0
 
 

@@ -28,13 +28,9 @@ Gradients = dict[str, Tensor]
 class Difference:
     """Of a gradient from ours, by group of parameters that trains."""
 
-    relative: dict[str, float]
+    relative_difference: dict[str, float]
     """Norm of the difference / norm of ours."""
     cosine: dict[str, float]
-
-    @property
-    def largest(self) -> float:
-        return max(self.relative.values())
 
 
 def compare(theirs: Gradients, ours: Gradients) -> Difference:

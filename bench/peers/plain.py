@@ -3,8 +3,9 @@
     python -m bench.peers.plain options.json
 
 The options are those of `PlainOptions`. `log.jsonl` in the output directory has a line a step.
-transformers' Trainer takes the mean of a micro-batch and then the mean over micro-batches of this
-model (`accepts_loss_kwargs` is false there), so that a target of a short answer counts more.
+Of this model Trainer takes the mean over the targets of a micro-batch, and then the mean over the
+micro-batches (`accepts_loss_kwargs` is false), so that a target weighs more the fewer its
+micro-batch has: its gradient is that of the global mean only where the batch is one micro-batch.
 """
 
 import json
@@ -22,6 +23,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.image_utils import SizeDict
 
 IGNORED = -100
 
@@ -44,6 +46,14 @@ class PlainOptions:
     workers: int
     max_grad_norm: float
     seed: int
+
+
+def open_processor(model: str, min_pixels: int, max_pixels: int):
+    """transformers' processor of a model, with limits of one's own."""
+    processor = AutoProcessor.from_pretrained(model)
+    # the model's own min_pixels and max_pixels win over a `size` that from_pretrained is given
+    processor.image_processor.size = SizeDict(shortest_edge=min_pixels, longest_edge=max_pixels)
+    return processor
 
 
 class Conversations(Dataset):
@@ -133,8 +143,7 @@ class LogSteps(TrainerCallback):
 
 def run(options: PlainOptions) -> None:
     """Train by the options, and save the last step's checkpoint."""
-    size = {"shortest_edge": options.min_pixels, "longest_edge": options.max_pixels}
-    processor = AutoProcessor.from_pretrained(options.model, size=size)
+    processor = open_processor(options.model, options.min_pixels, options.max_pixels)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         options.model, dtype=torch.float32, attn_implementation="sdpa"
     )

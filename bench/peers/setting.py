@@ -1,9 +1,9 @@
 """What every system trains: a tiny stock Qwen2.5-VL and a small multimodal data set, from a seed.
 
-The model has the hub's layout and the proportions of the real one (`CONFIG`). The lengths are those
-of `bench/lengths/instruction.npz`, an eighth of them: a fifth of the samples is text alone, and the
-longest of a step is several times its mean. A row is `{"messages": [...], "images": [...]}`, which
-all of the systems read.
+The model has the hub's layout and one of two sizes (`SIZES`). The lengths are those of
+`bench/lengths/instruction.npz`, an eighth of them: a fifth of the samples is text alone, and the
+longest of a step is two to five times its mean. A row is `{"messages": [...], "images": [...]}`,
+which all of the systems read.
 """
 
 import json
@@ -19,7 +19,7 @@ from vlm.data.formats import parse_row
 from vlm.data.formats.context import RowContext
 from vlm.data.limits import Limits
 from vlm.data.plan import epoch_order
-from vlm.data.processor import Processor
+from vlm.data.processor import Processor, Sizes
 from vlm.hf_config import parse_config, read_json
 from vlm.model import VisionLanguageModel, initialise
 
@@ -38,17 +38,14 @@ WRAPPING = 26
 IMAGE = 28
 """Side in pixels of a visual token."""
 
-TEXT = {
+SMALL_TEXT = {
     "hidden_size": 256,
     "intermediate_size": 768,
     "num_hidden_layers": 6,
     "max_window_layers": 6,
     "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "torch_dtype": "float32",
 }
-VISION = {
+SMALL_VISION = {
     "depth": 8,
     "hidden_size": 80,
     "num_heads": 5,
@@ -56,8 +53,10 @@ VISION = {
     "out_hidden_size": 256,
     "fullatt_block_indexes": [7],
 }
-"""A tower that costs about a third of the decoder for each visual token, as in the 7B, and attends
-in full in one block of eight."""
+SIZES = {"tiny": ({}, {}), "small": (SMALL_TEXT, SMALL_VISION)}
+"""Decoder and ViT, over the golden model's config. `tiny` is that model; `small` has the 7B's
+proportions: a ViT that costs a third of the decoder for each visual token, and attends in full in
+one block of eight."""
 
 
 @dataclass(frozen=True)
@@ -78,18 +77,23 @@ class Setting:
     `group_by_length` has them inside 50 steps."""
     exact: Path
     """One global batch whose images need no resizing, so that all systems see the same pixels."""
-    tokens: int
-    """Of the samples of the timed steps, images included."""
+    sizes: tuple[Sizes, ...]
+    """Of the samples of the timed steps, in their order."""
 
     @property
     def samples(self) -> int:
-        return self.steps * GLOBAL_BATCH
+        return len(self.sizes)
+
+    @property
+    def tokens(self) -> int:
+        """Of the timed steps, images included."""
+        return sum(sizes.length for sizes in self.sizes)
 
 
-def write_setting(folder: Path, warm_up: int, steps: int) -> Setting:
+def write_setting(folder: Path, size: str, warm_up: int, steps: int) -> Setting:
     """Model and data in `folder`, the same for the same numbers."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = write_model(folder / "model")
+    model = write_model(folder / "model", size)
     rng = np.random.default_rng(SEED)
     timed = write_rows(folder, "timed", steps * GLOBAL_BATCH, rng)
     warming = write_rows(folder, "warming", warm_up * GLOBAL_BATCH, rng)
@@ -97,8 +101,8 @@ def write_setting(folder: Path, warm_up: int, steps: int) -> Setting:
     order = epoch_order((len(warming + timed),), (1.0,), SEED, epoch=0)
     placed = [(warming + timed)[i] for i in np.argsort(order)]
     processor = Processor.from_pretrained(model, Limits(max_pixels=MAX_PIXELS))
-    lengths = [_length(processor, folder, row) for row in timed]
-    grouped = [timed[i] for i in np.argsort(lengths)[::-1]]
+    sizes = [_sizes(processor, folder, row) for row in timed]
+    grouped = [timed[i] for i in np.argsort([-size.length for size in sizes])]
     return Setting(
         model=model,
         warm_up=warm_up,
@@ -107,14 +111,15 @@ def write_setting(folder: Path, warm_up: int, steps: int) -> Setting:
         ours=_write_lines(folder / "ours.jsonl", placed),
         grouped=_write_lines(folder / "grouped.jsonl", warming + grouped),
         exact=_write_lines(folder / "exact.jsonl", exact),
-        tokens=sum(lengths),
+        sizes=tuple(sizes),
     )
 
 
-def write_model(folder: Path) -> Path:
+def write_model(folder: Path, size: str) -> Path:
     """A random stock Qwen2.5-VL, with the hub's names of weights; returns its directory."""
-    raw = read_json(GOLDEN_MODEL / "config.json") | TEXT
-    raw["vision_config"] = raw["vision_config"] | VISION
+    text, vision = SIZES[size]
+    raw = read_json(GOLDEN_MODEL / "config.json") | {"torch_dtype": "float32"} | text
+    raw["vision_config"] = raw["vision_config"] | vision
     model = VisionLanguageModel(parse_config(raw))
     initialise(model, torch.Generator().manual_seed(SEED), std=0.05)
     hub = {"model.visual.": "visual.", "model.language_model.": "model."}
@@ -177,8 +182,8 @@ def _words() -> list[str]:
     return [word for word in pieces if word.isascii() and word.isalpha()]
 
 
-def _length(processor: Processor, folder: Path, row: dict) -> int:
-    return processor.measure(parse_row(row, "sample", RowContext(folder))).length
+def _sizes(processor: Processor, folder: Path, row: dict) -> Sizes:
+    return processor.measure(parse_row(row, "sample", RowContext(folder)))
 
 
 def _write_lines(path: Path, rows: list[dict]) -> Path:

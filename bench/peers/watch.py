@@ -5,6 +5,7 @@ The same clock and the same counter for every system, whatever it says of itself
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -14,6 +15,8 @@ from pathlib import Path
 
 PAUSE = 0.005
 """Seconds between two looks at the log: what a step's end may be wrong by."""
+LOOK = 0.5
+"""Seconds between two looks at the memory; the kernel keeps its peak."""
 PATIENCE = 1800
 """Seconds after which a process is given up."""
 
@@ -46,7 +49,8 @@ def watch(
     """
     lines: list[dict] = []
     ended: list[float] = []
-    read = 0
+    read = peak = 0
+    looked = 0.0
     with said.open("wb") as output:
         began = time.perf_counter()
         process = subprocess.Popen(
@@ -59,7 +63,7 @@ def watch(
         )
     try:
         while True:
-            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            ended_with = process.poll()
             now = time.perf_counter() - began
             content = log.read_bytes() if log.exists() and log.stat().st_size > read else b""
             whole = content[read : content.rfind(b"\n") + 1]
@@ -68,20 +72,36 @@ def watch(
             found = [line for line in found if "loss" in line]
             lines += found
             ended += [now] * len(found)
-            if pid:
-                process.returncode = os.waitstatus_to_exitcode(status)
+            if ended_with is not None:
                 break
+            if found or now > looked + LOOK:
+                peak, looked = max(peak, peak_of_tree(process.pid)), now
             if now > PATIENCE:
-                raise PeerError(f"{command[0]} took more than {PATIENCE} s; see {said}")
+                raise PeerError(f"{command[0]} took more than {PATIENCE} s")
             time.sleep(PAUSE)
     finally:
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    if process.returncode or len(lines) != steps:
+    if ended_with or len(lines) != steps:
         words = said.read_text(encoding="utf-8", errors="replace")[-1500:]
         raise PeerError(
-            f"{' '.join(command)} ended with {process.returncode} after {len(lines)} of {steps} "
+            f"{' '.join(command)} ended with {ended_with} after {len(lines)} of {steps} "
             f"steps; it said: {words}"
         )
-    return Watched(lines, ended, usage.ru_maxrss * 1024)
+    return Watched(lines, ended, peak)
+
+
+def peak_of_tree(pid: int) -> int:
+    """Bytes: the most resident memory so far of a process or of one of its descendants.
+
+    `getrusage` will not do: to a child it adds what its parent held when it was forked.
+    """
+    folder = Path("/proc") / str(pid)
+    try:
+        children = (folder / "task" / str(pid) / "children").read_text().split()
+        status = (folder / "status").read_text()
+    except OSError:  # it has ended
+        return 0
+    own = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    return max([int(own[1]) * 1024 if own else 0, *(peak_of_tree(int(c)) for c in children)])
