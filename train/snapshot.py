@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +73,7 @@ class Snapshot:
         """
         (size,) = world.sum([self.nbytes])
         world.from_first(lambda: _fresh_folder(folder, size))
-        parts = _on_all(world, lambda: self._write_own(folder, world))
+        parts = world.on_all(lambda: self._write_own(folder, world))
         world.from_first(lambda: self._complete(folder, parts))
         return size
 
@@ -156,16 +155,3 @@ def _fresh_folder(folder: Path, size: float) -> None:
         shutil.rmtree(folder)
     check_room(folder.parent, size)
     (folder / "engine").mkdir(parents=True)
-
-
-def _on_all(world: World, work: Callable[[], Any]) -> list:
-    """What `work` returns on each rank; an error of one is raised on all."""
-    try:
-        outcome = (work(), None)
-    except Exception as error:  # noqa: BLE001 - raised again below, on every rank
-        outcome = (None, error)
-    outcomes = world.gather([outcome])
-    for _, error in outcomes:
-        if error is not None:
-            raise error
-    return [result for result, _ in outcomes]

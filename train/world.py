@@ -125,24 +125,26 @@ class World:
             raise outcome[1]
         return outcome[0]
 
+    def on_all(self, work: Callable[[], Any]) -> list[Any]:
+        """What `work` returns on each rank, on every rank; an error of one is raised on all."""
+        try:
+            outcome = (work(), None)
+        except Exception as error:  # noqa: BLE001 - raised again below, on every rank
+            outcome = (None, error)
+        outcomes = self.gather([outcome])
+        for _, error in outcomes:
+            if error is not None:
+                raise error
+        return [result for result, _ in outcomes]
+
     def from_first_of_machine(self, work: Callable[[], Any]) -> Any:
         """What `work` returns (or raises) on each machine's first rank, on every rank there.
 
         An error on one machine is raised on all.
         """
-        if self.size == 1:
-            return work()
-        local_rank, outcome = int(os.environ["LOCAL_RANK"]), (None, None)
-        if local_rank == 0:
-            try:
-                outcome = (work(), None)
-            except Exception as error:  # noqa: BLE001 - raised again below, on every rank
-                outcome = (None, error)
-        outcomes = self.gather([outcome])
-        for _, error in outcomes:
-            if error is not None:
-                raise error
-        return outcomes[self.rank - local_rank][0]
+        local_rank = int(os.environ["LOCAL_RANK"]) if self.size > 1 else 0
+        results = self.on_all(lambda: work() if local_rank == 0 else None)
+        return results[self.rank - local_rank]
 
     def _arrive(self) -> None:
         if self.pulse:
