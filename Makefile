@@ -8,7 +8,7 @@ PYTEST := $(VENV_PYTHON) -m pytest
 # Runs the tests with one mark; pytest exits with 5 where there are none.
 marked = $(PYTEST) -m $(1) || { [ $$? = 5 ] && echo "No test is marked '$(1)' yet."; }
 
-.PHONY: help install eval_vlmevalkit demo test test-full soak test-browser bench lint
+.PHONY: help install eval_vlmevalkit demo test test-full soak test-browser bench peers lint
 
 help:
 	@echo "make install       create .venv with everything in it (the other targets do it too)"
@@ -18,7 +18,8 @@ help:
 	@echo "make test-full     the slow tests and those for a GPU as well, then the demo"
 	@echo "make soak          the tests with long counts"
 	@echo "make test-browser  the tests that drive a browser"
-	@echo "make bench         every script in bench/"
+	@echo "make bench         every script in bench/, half an hour (ARGS=--quick: one minute)"
+	@echo "make peers         bench/peers beside ms-swift, in .venv-swift (ARGS= for its options)"
 	@echo "make lint          formatting and lint, without changing a file"
 
 install:
@@ -44,10 +45,11 @@ test-browser: install
 	@$(call marked,browser)
 
 bench: install
-	@for script in bench/*.py; do \
-		[ -e "$$script" ] || { echo "There is no script in bench/ yet."; exit 0; }; \
-		echo "$$script"; $(VENV_PYTHON) "$$script" || exit 1; \
-	done
+	$(VENV_PYTHON) -m bench $(ARGS)
+
+peers: install
+	@bash tools/install.sh swift
+	$(VENV_PYTHON) -m bench.peers $(ARGS)
 
 lint: install
 	$(VENV_PYTHON) -m ruff format --check .

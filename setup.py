@@ -57,6 +57,7 @@ setup(
         # Used by itself where it is installed; torch's own kernels serve otherwise.
         "gpu": ["flash-attn>=2.7"],
         "dev": [
+            "accelerate>=1.1",  # transformers' Trainer, which bench/peers compares with
             "hypothesis>=6.130",
             "pytest>=8.4",
             "playwright>=1.50",  # drives the browser of make test-browser

@@ -10,38 +10,43 @@ normal numbers from a pool of 32 Mi; files that give no tensor, the old language
 holes. Donors leave the page cache before each run; both sides end with their bytes on the disk.
 """
 
-import argparse
 import hashlib
-import json
 import os
-import platform
 import re
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import vlm.shards
+from bench.common import (
+    GOLDEN_MODEL,
+    ROOT,
+    arguments,
+    print_table,
+    ratios,
+    seconds,
+    summary,
+    write_result,
+)
 from vlm.checkpoint import TensorReader, write_json
 from vlm.graft.report import REPORT
 from vlm.hf_config import parse_config, parse_text_config, read_json
 from vlm.model import LanguageModel, VisionLanguageModel
 from vlm.shards import Entry, Shard, plan_shards
 
-ROOT = Path(__file__).parents[1]
-TEST_MODEL = ROOT / "tests" / "golden" / "model"
 TIME = "/usr/bin/time"
 FIRST_SPECIAL = 151643
 """The id of `<|endoftext|>` in both donors; the other special tokens follow in the same order."""
 # hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, intermediate_size, tied
 SIZES = {
+    "tiny": (256, 2, 2, 1, 512, False),  # for --quick, with a tower as small
     "0.6b": (1024, 28, 16, 8, 3072, True),
     "1.7b": (2048, 28, 16, 8, 6144, True),
     "4b": (2560, 36, 32, 8, 9728, True),
@@ -50,9 +55,9 @@ SIZES = {
 }
 
 
-def vision_config() -> dict:
-    """Qwen2.5-VL-7B-Instruct's `config.json`."""
-    raw = read_json(TEST_MODEL / "config.json")
+def vision_config(tiny: bool) -> dict:
+    """Qwen2.5-VL-7B-Instruct's `config.json`; all but the vocabulary small where `tiny`."""
+    raw = read_json(GOLDEN_MODEL / "config.json")
     raw |= {key: raw[key] + FIRST_SPECIAL - 4000 for key in raw if key.endswith("token_id")}
     raw.pop("head_dim")
     raw |= {"hidden_size": 3584, "intermediate_size": 18944, "vocab_size": 152064}
@@ -61,6 +66,11 @@ def vision_config() -> dict:
     raw["rope_scaling"] = {"type": "mrope", "mrope_section": [16, 24, 24]}
     tower = {"depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420}
     tower |= {"out_hidden_size": 3584, "fullatt_block_indexes": [7, 15, 23, 31]}
+    if tiny:
+        raw |= {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+        raw |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+        tower |= {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128}
+        tower |= {"out_hidden_size": 256, "fullatt_block_indexes": [1]}
     return raw | {"vision_config": raw["vision_config"] | tower}
 
 
@@ -128,8 +138,8 @@ def write_donor(folder: Path, raw: dict, shards: list[Shard], used: list[Shard])
         write_json(folder / vlm.shards.INDEX, index)
     write_json(folder / "config.json", raw)
     for name in ("chat_template.jinja", "preprocessor_config.json", "tokenizer_config.json"):
-        shutil.copyfile(TEST_MODEL / name, folder / name)
-    tokenizer = read_json(TEST_MODEL / "tokenizer.json")
+        shutil.copyfile(GOLDEN_MODEL / name, folder / name)
+    tokenizer = read_json(GOLDEN_MODEL / "tokenizer.json")
     vocabulary = tokenizer["model"]["vocab"]
     for index in range(len(vocabulary), FIRST_SPECIAL):
         vocabulary[f"<filler {index}>"] = index
@@ -152,13 +162,17 @@ def run(command: list[str]) -> tuple[float, int]:
 
     GNU time's own small process stands between: a child of ours would count our memory as its.
     """
-    started = time.perf_counter()
-    result = subprocess.run([TIME, "-v", *command], cwd=ROOT, capture_output=True, text=True)
-    seconds = time.perf_counter() - started
+    done = []
+
+    def build() -> None:
+        command_line = [TIME, "-v", *command]
+        done.append(subprocess.run(command_line, cwd=ROOT, capture_output=True, text=True))
+
+    taken, result = seconds(build), done[0]
     peak = re.search(r"Maximum resident set size \(kbytes\): (\d+)", result.stderr)
     if result.returncode or not peak:
         sys.exit(f"{shlex.join(command)} failed: {result.stderr}")
-    return seconds, int(peak[1]) * 1024
+    return taken, int(peak[1]) * 1024
 
 
 def copy(files: list[Path], folder: Path) -> float:
@@ -166,13 +180,15 @@ def copy(files: list[Path], folder: Path) -> float:
     folder.mkdir()
     names = [str(path) for path in files]
     copies = [str(folder / f"{number}") for number in range(len(files))]
-    started = time.perf_counter()
-    for source, target in zip(names, copies, strict=True):
-        subprocess.run(["cp", "--reflink=never", source, target], check=True)
-    subprocess.run(["sync", *copies], check=True)
-    seconds = time.perf_counter() - started
+
+    def work() -> None:
+        for source, target in zip(names, copies, strict=True):
+            subprocess.run(["cp", "--reflink=never", source, target], check=True)
+        subprocess.run(["sync", *copies], check=True)
+
+    taken = seconds(work)
     shutil.rmtree(folder)
-    return seconds
+    return taken
 
 
 def sha256(path: Path) -> str:
@@ -191,9 +207,9 @@ def count_copied(out: Path, donors: dict[str, Path]) -> int:
     return len(rows)
 
 
-def measure(size: str, work: Path, repeats: int) -> dict:
+def measure(size: str, work: Path, rounds: int) -> dict:
     pool = (torch.randn(1 << 25, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
-    configs = {"vision": vision_config(), "llm": llm_config(size)}
+    configs = {"vision": vision_config(size == "tiny"), "llm": llm_config(size)}
     shards = {name: donor_shards(raw, pool) for name, raw in configs.items()}
     used = shards | {
         "vision": [s for s in shards["vision"] if any("visual." in e.name for e in s.entries)]
@@ -209,13 +225,12 @@ def measure(size: str, work: Path, repeats: int) -> dict:
     out = work / "hybrid"
     command = [sys.executable, "-m", "vlm.graft", "build", "--seed", "0"]
     command += ["--vision", str(donors["vision"]), "--llm", str(donors["llm"]), "--out", str(out)]
-    load = os.getloadavg()[0]
     builds, peaks, copies, hashes, copied = [], [], [], [], 0
-    for number in range(repeats):
+    for number in range(rounds):
         forget(files)
-        seconds, peak = run(command)
+        taken, peak = run(command)
         written = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-        builds.append(written / seconds)
+        builds.append(written / taken)
         peaks.append(peak)
         hashes.append({path.name: sha256(path) for path in sorted(out.glob("*.safetensors"))})
         copied = copied or count_copied(out, donors)
@@ -223,55 +238,60 @@ def measure(size: str, work: Path, repeats: int) -> dict:
         forget(files)
         copies.append(read / copy(files, work / "copy"))
         print(
-            f"run {number + 1}: build {seconds:.1f} s, {builds[-1] / 1e6:.0f} MB/s, peak "
+            f"run {number + 1}: build {taken:.1f} s, {builds[-1] / 1e6:.0f} MB/s, peak "
             f"{peak / 1e6:.0f} MB; cp {copies[-1] / 1e6:.0f} MB/s",
             flush=True,
         )
     if any(held != hashes[0] for held in hashes):
         sys.exit("two builds with one seed differ")
-    build, cp = statistics.median(builds), statistics.median(copies)
     return {
-        "command": f"python -m bench.graft_full_size --llm {size} --repeats {repeats}",
+        "llm": size,
         "build": shlex.join([TIME, "-v", "python", *command[1:]]).replace(str(work), "WORK"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {memory_gb():.0f} GB memory",
-        "load_average_at_start": round(load, 1),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "donor_bytes": {n: sum(shard.size for shard in part) for n, part in shards.items()},
         "donor_bytes_read": read,
         "bytes_written": written,
         "tensors_compared_with_donors": copied,
         "peak_rss_bytes": max(peaks),
-        "build_bytes_per_second": [round(value) for value in builds],
-        "cp_bytes_per_second": [round(value) for value in copies],
-        "build_to_cp": round(build / cp, 3),
-        "runs_with_equal_hashes": repeats,
+        "build_bytes_per_second": summary(builds, 0),
+        "cp_bytes_per_second": summary(copies, 0),
+        "build_to_cp": ratios(builds, copies),
+        "runs_with_equal_hashes": rounds,
         "sha256": hashes[0],
     }
 
 
-def memory_gb() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.graft_full_size", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def main(given: Sequence[str] | None = None) -> int:
+    parser = arguments("graft_full_size", __doc__)
     parser.add_argument("--llm", choices=SIZES, default="8b")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3, help="of a build and a copy each")
     parser.add_argument("--work", type=Path, help="a folder on the disk to measure")
-    parser.add_argument("--json", type=Path, default=ROOT / "bench/results/graft_full_size.json")
-    options = parser.parse_args()
+    options = parser.parse_args(given)
+    if options.quick:
+        options.llm, options.rounds = "tiny", 1
     if not Path(TIME).exists():
         parser.error(f"{TIME} is missing; install GNU time")
     with tempfile.TemporaryDirectory(dir=options.work, prefix="graft-") as folder:
-        result = measure(options.llm, Path(folder), options.repeats)
-    print(f"{'donors, as they look':28}{sum(result['donor_bytes'].values()) / 1e9:8.2f} GB")
-    print(f"{'of that read':28}{result['donor_bytes_read'] / 1e9:8.2f} GB")
-    print(f"{'hybrid':28}{result['bytes_written'] / 1e9:8.2f} GB")
-    print(f"{'peak RSS':28}{result['peak_rss_bytes'] / 1e9:8.2f} GB")
-    print(f"{'speed beside cp, median':28}{result['build_to_cp']:8.2f}")
-    held = json.loads(options.json.read_text("utf-8")) if options.json.exists() else {}
-    write_json(options.json, held | {options.llm: result})
+        found = measure(options.llm, Path(folder), options.rounds)
+    shown = {
+        "donors, as they look, GB": sum(found["donor_bytes"].values()) / 1e9,
+        "of that read, GB": found["donor_bytes_read"] / 1e9,
+        "hybrid, GB": found["bytes_written"] / 1e9,
+        "peak RSS, GB": found["peak_rss_bytes"] / 1e9,
+        "speed beside cp": found["build_to_cp"],
+    }
+    print_table([{options.llm: name, "": value} for name, value in shown.items()])
+    write_result(
+        "graft_full_size",
+        options,
+        what=f"peak resident memory of the graft of donors of full size ({options.llm}), and its "
+        "speed / that of cp of the files it reads",
+        target={"peak RSS": "< 2 GB", "speed": "that of the disk"},
+        figures=found,
+        spread=f"least and most of {options.rounds} rounds of a build and a copy; the peak is the "
+        "largest of all builds",
+        refuted_by="python -m bench.graft_full_size: /usr/bin/time tells a larger peak, or two "
+        "builds differ",
+    )
     return 0
 
 

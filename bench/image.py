@@ -9,42 +9,44 @@ default class cannot be had, since transformers falls back to a slower one witho
 resize is one and the same kernel on both sides, and bounds what can be won.
 """
 
-import argparse
-import os
-import platform
 import statistics
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import numpy as np
-import PIL
 import torch
-import transformers
 from PIL import Image
 from torch import Tensor
 
-from vlm.checkpoint import write_json
+from bench.common import (
+    GOLDEN_MODEL,
+    ROUNDS,
+    arguments,
+    interleaved,
+    print_table,
+    ratios,
+    seconds,
+    write_result,
+)
 from vlm.config import VisionConfig
 from vlm.data.image import patchify, resize, smart_resize
 from vlm.data.limits import Limits
 from vlm.hf_config import read_config
 from vlm.vision import normalise
 
-ROOT = Path(__file__).parents[1]
-TEST_MODEL = ROOT / "tests" / "golden" / "model"
 SIZES = ((1200, 1600), (480, 640), (336, 336), (3000, 400), (1080, 1920))
 """Height and width: photographs, a screen, a page, a thumbnail."""
 TARGET = 2.5
+"""Times as fast as the default processor."""
 BLOCK = 5
+"""Runs in a row of either side, since a data worker runs nothing else either."""
 
 
-def pictures() -> list[np.ndarray]:
+def pictures(sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
     """Smooth noise, the same in every run."""
     rng = np.random.default_rng(0)
     found = []
-    for height, width in SIZES:
+    for height, width in sizes:
         coarse = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
         found.append(np.array(Image.fromarray(coarse).resize((width, height), Image.BICUBIC)))
     return found
@@ -66,20 +68,22 @@ def default_processor(limits: Limits):
     return Qwen2VLImageProcessor(size={"shortest_edge": least, "longest_edge": most})
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Of one run, out of BLOCK in a row: a data worker runs nothing else either."""
-    started = time.perf_counter()
-    for _ in range(BLOCK):
-        work()
-    return (time.perf_counter() - started) / BLOCK
+def repeated(work: Callable[[], object]) -> Callable[[], float]:
+    """Seconds of one run, out of BLOCK."""
+
+    def block() -> None:
+        for _ in range(BLOCK):
+            work()
+
+    return lambda: seconds(block) / BLOCK
 
 
-def measure(repeats: int) -> dict:
-    torch.set_num_threads(1)
-    config, limits = read_config(TEST_MODEL).vision, Limits()
+def measure(sizes: Sequence[tuple[int, int]], rounds: int) -> list[dict]:
+    """A row for each picture."""
+    config, limits = read_config(GOLDEN_MODEL).vision, Limits()
     processor = default_processor(limits)
-    rows, load = [], os.getloadavg()[0]
-    for pixels in pictures():
+    rows = []
+    for pixels in pictures(sizes):
 
         def mine(pixels=pixels) -> Tensor:
             return ours(pixels, config, limits)
@@ -90,57 +94,41 @@ def measure(repeats: int) -> dict:
         levels, expected = normalise(mine()), theirs()
         if levels.shape != expected.shape or not torch.allclose(levels, expected, atol=1e-6):
             sys.exit(f"levels of {pixels.shape} differ by {(levels - expected).abs().max()}")
-        times = [(seconds(mine), seconds(theirs)) for _ in range(repeats)]
-        mine_all, theirs_all = zip(*times, strict=True)
-        ratios = [other / own for own, other in times]
+        times = interleaved(rounds, {"ours": repeated(mine), "theirs": repeated(theirs)})
         rows.append(
             {
                 "height": pixels.shape[0],
                 "width": pixels.shape[1],
                 "patches": len(levels),
-                "ours_ms": round(1e3 * statistics.median(mine_all), 2),
-                "theirs_ms": round(1e3 * statistics.median(theirs_all), 2),
-                "ratio": round(statistics.median(ratios), 2),
-                "ratio_spread": [round(min(ratios), 2), round(max(ratios), 2)],
+                "ours_ms": round(1e3 * statistics.median(times["ours"]), 2),
+                "theirs_ms": round(1e3 * statistics.median(times["theirs"]), 2),
+                "ratio": ratios(times["theirs"], times["ours"]),
             }
         )
+    return rows
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    parser = arguments("image", __doc__)
+    parser.add_argument("--rounds", type=int, default=11, help=f"{ROUNDS} or more")
+    options = parser.parse_args(given)
+    sizes, rounds = (SIZES[1:3], 1) if options.quick else (SIZES, max(ROUNDS, options.rounds))
+    torch.set_num_threads(1)
+    rows = measure(sizes, rounds)
     own, other = (sum(row[key] for row in rows) for key in ("ours_ms", "theirs_ms"))
-    return {
-        "command": f"python -m bench.image --repeats {repeats}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread used",
-        "load_average_at_start": round(load, 1),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "pillow": PIL.__version__,
-        },
-        "beside": f"{type(processor).__name__} (torchvision backend)",
-        "repeats": repeats,
-        "runs_in_a_repeat": BLOCK,
-        "levels": "equal",
-        "images": rows,
-        "ratio_of_all": round(other / own, 2),
-        "target": TARGET,
-    }
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.image", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--repeats", type=int, default=11, help="5 or more")
-    parser.add_argument("--json", type=Path, default=ROOT / "bench/results/image.json")
-    options = parser.parse_args()
-    result = measure(max(5, options.repeats))
-    for row in result["images"]:
-        size = f"{row['width']} x {row['height']}"
-        low, high = row["ratio_spread"]
-        print(
-            f"{size:>12}: ours {row['ours_ms']:7.2f} ms, theirs {row['theirs_ms']:7.2f} ms, "
-            f"{row['ratio']:.2f} times as fast ({low:.2f} to {high:.2f})"
-        )
-    print(f"all: {result['ratio_of_all']:.2f} times as fast; the target is {TARGET}")
-    write_json(options.json, result)
+    print_table(rows)
+    print(f"all: {other / own:.2f} times as fast; the target is {TARGET}")
+    write_result(
+        "image",
+        options,
+        what="time of transformers' default image processor (torchvision) / ours, after decoding, "
+        "on one thread, to equal levels",
+        target={"all pictures": f">= {TARGET} times as fast"},
+        figures={"images": rows, "ratio_of_all": round(other / own, 2), "runs_in_a_round": BLOCK},
+        spread=f"least and most of {rounds} interleaved rounds",
+        refuted_by="python -m bench.image on an idle machine: another ratio, or levels that differ",
+        packages=("transformers", "torchvision", "pillow"),
+    )
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Makes the recorded length files of bench/plan.py: python bench/make_lengths.py
+"""Makes the recorded length files, bench/lengths/*.npz: python -m bench.make_lengths
 
 No data set is copied: sizes are drawn from distributions shaped like two kinds of data.
 
@@ -9,23 +9,20 @@ No data set is copied: sizes are drawn from distributions shaped like two kinds 
   image, or two to four (one in twelve), photos, charts and documents; one to six turns, of which
   the answers are learnt.
 
-Each file holds `lengths`, `targets`, `patches` (n,) int32, and `costs` (n,) float64: useful FLOPs
-of stage 2 of the 8B hybrid by vlm/cost.
+Each file holds `lengths`, `targets`, `patches`, `images` (n,) int32, the `grids` (m, 3) int32 of
+all images, and `costs` (n,) float64: useful FLOPs of stage 2 of the 8B hybrid by vlm/cost.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vlm.config import TextConfig, VisionConfig, VLMConfig
 from vlm.cost import PARTS, sample_flops
 from vlm.data.image import smart_resize
 from vlm.data.limits import Limits
 
-HERE = Path(__file__).parent / "lengths"
+FOLDER = Path(__file__).parent / "lengths"
 SAMPLES = 20_000
 MAX_LENGTH = 8192
 WRAPPING = 26
@@ -86,12 +83,13 @@ def main() -> None:
             length = text + patches // config.vision.merge_unit + 2 * len(grids)
             if length <= MAX_LENGTH:  # longer ones are dropped by the index
                 cost = sample_flops(config, length, grids, targets, PARTS)
-                rows.append((length, targets, patches, cost))
-        columns = [np.array(column) for column in zip(*rows, strict=True)]
-        names = ("lengths", "targets", "patches")
-        arrays = {n: c.astype(np.int32) for n, c in zip(names, columns[:3], strict=True)}
-        np.savez_compressed(HERE / f"{make.__name__}.npz", **arrays, costs=columns[3])
+                rows.append((length, targets, patches, len(grids), cost, grids))
+        *columns, costs, grids = zip(*rows, strict=True)
+        names = ("lengths", "targets", "patches", "images")
+        arrays = {n: np.array(c, np.int32) for n, c in zip(names, columns, strict=True)}
         print(make.__name__, {n: round(float(c.mean()), 1) for n, c in arrays.items()})
+        arrays["grids"] = np.array([grid for of_one in grids for grid in of_one], np.int32)
+        np.savez_compressed(FOLDER / f"{make.__name__}.npz", **arrays, costs=np.array(costs))
 
 
 if __name__ == "__main__":

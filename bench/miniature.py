@@ -1,25 +1,29 @@
 """The miniature's two stages under both plans: the same samples in fewer, fuller micro-batches.
 
-    make demo; python bench/miniature.py      # a table, and bench/results/miniature_plans.json
+    make demo; python -m bench.miniature
 
 Donors, data and graft are the demo's (`--demo runs/digits`). Each stage runs for some steps on two
 ranks under `samples` and under `packed`, one after the other and in turn; the seconds are those of
-the log's lines after the first. Start-up is no part of them.
+the log's lines after the first. Start-up is no part of them. The result is `miniature_plans.json`;
+`miniature.json` is the demo's own.
 """
 
-import argparse
-import json
-import platform
-import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from examples.digits.processes import RANKS, ROOT, run
+from bench.common import (
+    ROOT,
+    ROUNDS,
+    arguments,
+    interleaved,
+    print_table,
+    ratios,
+    summary,
+    write_result,
+)
+from examples.digits.processes import RANKS, run
 from train.metrics import read_log
 
 PLANS = ("samples", "packed")
@@ -40,37 +44,42 @@ def seconds_per_step(demo: Path, stage: str, plan: str, steps: int) -> float:
     return sum(line["seconds"] for line in lines[1:]) / taken
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(given: Sequence[str] | None = None) -> int:
+    parser = arguments("miniature", __doc__)
     parser.add_argument("--demo", type=Path, default=ROOT / "runs" / "digits")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "bench" / "results" / "miniature_plans.json"
-    )
-    options = parser.parse_args()
-    stages = {}
-    for stage in ("stage1", "stage2"):
-        seconds = {plan: [] for plan in PLANS}
-        for _ in range(options.rounds):
-            for plan in PLANS:
-                seconds[plan].append(seconds_per_step(options.demo, stage, plan, options.steps))
-        ratios = [a / b for a, b in zip(seconds["samples"], seconds["packed"], strict=True)]
-        stages[stage] = {
-            "speed-up, median": round(statistics.median(ratios), 3),
-            "speed-up, lowest and highest": [round(min(ratios), 3), round(max(ratios), 3)],
-            "seconds a step": {plan: round(statistics.median(seconds[plan]), 4) for plan in PLANS},
+    options = parser.parse_args(given)
+    if not (options.demo / "graft").is_dir():
+        parser.error(f"{options.demo} holds no graft; run `make demo` first, or give --demo")
+    stages = ("stage1", "stage2")
+    if options.quick:
+        options.rounds, options.steps, stages = 1, 11, ("stage1",)
+    rows = []
+    for stage in stages:
+        measures = {
+            plan: lambda stage=stage, plan=plan: seconds_per_step(
+                options.demo, stage, plan, options.steps
+            )
+            for plan in PLANS
         }
-        print(stage, json.dumps(stages[stage]))
-    result = {
-        "machine": f"{platform.machine()}, {RANKS} ranks on 2 cores",
-        "torch": torch.__version__,
-        "rounds": options.rounds,
-        "steps": options.steps,
-        "stages": stages,
-    }
-    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        taken = interleaved(options.rounds, measures)
+        row = {"stage": stage} | {f"{plan}, s a step": summary(taken[plan]) for plan in PLANS}
+        rows.append(row | {"speed-up": ratios(taken["samples"], taken["packed"])})
+    print_table(rows)
+    write_result(
+        "miniature_plans",
+        options,
+        what=f"seconds of a step of the miniature's stages on {RANKS} ranks, of {options.steps} "
+        "steps, under both plans",
+        target={},
+        figures=rows,
+        spread=f"least and most of {options.rounds} interleaved rounds",
+        refuted_by="make demo; python -m bench.miniature: `packed` is no faster",
+        packages=("deepspeed",),
+    )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

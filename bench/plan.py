@@ -1,6 +1,6 @@
 """Plans over recorded lengths: fill, balance, waiting of ranks, and the planner's own time.
 
-    python bench/plan.py                # a table, and bench/results/plan.json
+    python -m bench.plan
 
 An epoch of each file of bench/lengths (`make_lengths.py` says how they were made) is arranged for
 8 and 64 ranks, 16 samples a rank and step as in the recipe, in three ways:
@@ -15,32 +15,35 @@ micro-batch, as ZeRO-2's do. The planning time is of a million samples drawn fro
 global batch of an epoch, arranged, on one core.
 """
 
-import json
-import platform
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from bench.common import arguments, print_table, seconds, write_result
+from bench.make_lengths import FOLDER
 from vlm.data.pack import Budget
 from vlm.data.plan import Plan, Position
 from vlm.data.plan_report import report, summarise
 
-HERE = Path(__file__).parent
 WORLDS = (8, 64)
 PER_RANK = 16
 """Samples of a rank in a step: the recipe's 2 x 8."""
 MILLION = 1_000_000
+TARGETS = {
+    "fill of packed micro-batches": ">= 99.5 %",
+    "balance over ranks": ">= 99 % at 8 and 64 ranks",
+    "waiting of ranks": "<= 1 %",
+    "planning a million samples": "< 30 s on one core, < 2 GB",
+}
 
 
 def plan_of(name: str, world: int, mode: str, samples: int | None = None) -> Plan:
     """A plan over a recorded file, or over `samples` drawn from it."""
-    with np.load(HERE / "lengths" / f"{name}.npz") as file:
+    with np.load(FOLDER / f"{name}.npz") as file:
         columns = {column: file[column] for column in ("lengths", "patches", "targets", "costs")}
     if samples:
         drawn = np.random.default_rng(42).integers(len(columns["lengths"]), size=samples)
@@ -70,39 +73,53 @@ def naive(plan: Plan) -> list[list[list[list[int]]]]:
 
 def planning_seconds(plan: Plan) -> float:
     """CPU time for the arrangement of a whole epoch."""
-    began = time.process_time()
-    for batch in range(plan.steps_per_epoch):
-        plan.ranks(Position(0, batch))
-    return time.process_time() - began
+
+    def arrange() -> None:
+        for batch in range(plan.steps_per_epoch):
+            plan.ranks(Position(0, batch))
+
+    return seconds(arrange, time.process_time)
 
 
-def main() -> None:
-    rows = []
-    print(f"{'data':12} {'ranks':>5} {'plan':8} {'micro-batches':>13} {'fewest':>6} {'fill':>9}"
-          f" {'tokens':>7} {'patches':>7} {'balance':>9} {'waiting':>8}"
-          f" {'1 M samples':>11}")  # fmt: skip
-    for name in ("caption", "instruction"):
-        for world in WORLDS:
-            for kind in ("naive", "samples", "packed"):
-                plan = plan_of(name, world, "packed" if kind == "packed" else "samples")
-                found = summarise(plan, naive(plan)) if kind == "naive" else report(plan)
-                row = {"data": name, "ranks": world, "plan": kind, **asdict(found)}
-                seconds = ""
-                if kind == "packed":
-                    million = plan_of(name, world, "packed", MILLION)
-                    row["seconds_per_million"] = round(planning_seconds(million), 1)
-                    seconds = f"{row['seconds_per_million']} s"
-                rows.append(row)
-                print(f"{name:12} {world:5} {kind:8} {found.micro_batches:13.2f}"
-                      f" {found.fewest_micro_batches:6.2f} {found.fill:9.3%}"
-                      f" {found.token_use:7.1%} {found.patch_use:7.1%} {found.balance:9.2%}"
-                      f" {found.waiting:8.2%} {seconds:>11}")  # fmt: skip
+def figures_of(name: str, world: int, kind: str, million: int) -> dict:
+    plan = plan_of(name, world, "packed" if kind == "packed" else "samples")
+    found = summarise(plan, naive(plan)) if kind == "naive" else report(plan)
+    row = {"data": name, "ranks": world, "plan": kind, **asdict(found)}
+    if kind == "packed":
+        taken = planning_seconds(plan_of(name, world, "packed", million))
+        row["seconds_per_million"] = round(taken * MILLION / million, 1)
+    return row
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    options = arguments("plan", __doc__).parse_args(given)
+    million, worlds = (5000, WORLDS[:1]) if options.quick else (MILLION, WORLDS)
+    rows = [
+        figures_of(name, world, kind, million)
+        for name in ("caption", "instruction")
+        for world in worlds
+        for kind in ("naive", "samples", "packed")
+    ]
+    shown = ("data", "ranks", "plan", "micro_batches", "fewest_micro_batches", "fill", "token_use")
+    shown += ("patch_use", "balance", "waiting", "seconds_per_million")
+    print_table([{name: row.get(name, "") for name in shown} for row in rows])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"peak memory {peak:.2f} GiB")
-    result = {"machine": platform.processor() or platform.machine(), "peak_gib": round(peak, 2)}
-    text = json.dumps(result | {"rows": rows}, indent=1)
-    (HERE / "results" / "plan.json").write_text(text + "\n", encoding="utf-8")
+    write_result(
+        "plan",
+        options,
+        what="epochs of both files of bench/lengths, 16 samples a rank and step, arranged for "
+        "8 and 64 ranks; CPU seconds that one core takes to arrange an epoch of a million",
+        target=TARGETS,
+        figures={"peak_gib": round(peak, 2), "rows": rows},
+        spread="none: a plan is the same in every run; of the seconds one run each",
+        kind="derived",
+        refuted_by="python -m bench.plan: another share, or a longer time on an idle machine; for "
+        "the waiting, ranks that wait longer in a run on GPUs",
+        packages=("numpy",),
+    )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

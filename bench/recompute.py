@@ -1,29 +1,32 @@
 """Activation checkpointing policies: bytes kept, the peak, and the time of a micro-batch.
 
-    python bench/recompute.py                # a table, and bench/results/recompute.json
+    python -m bench.recompute
 
 A model with the 8B hybrid's proportions at an eighth of its width, three layers of each tower, runs
 forward and backward over one micro-batch with an image, in float32 on a CPU, in bfloat16 on an
 NVIDIA GPU. Bytes are the allocator's, beside weights and gradients; kept is what the forward pass
-leaves for the backward pass. Times are medians of rounds in which the policies take turns: on a
-CPU of processor time, on one thread.
+leaves for the backward pass; predicted are those of vlm/cost. Times are medians of rounds in which
+the policies take turns: on a CPU of processor time, on one thread.
 """
 
-import json
-import platform
-import statistics
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Sequence
 from typing import get_args
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from bench.common import (
+    allocated,
+    arguments,
+    interleaved,
+    print_table,
+    ratios,
+    seconds,
+    summary,
+    write_result,
+)
 from vlm.batch import Batch
 from vlm.config import TextConfig, VisionConfig, VLMConfig
 from vlm.cost import PARTS
@@ -46,12 +49,12 @@ TEXT = TextConfig(
     mrope_section=(16, 24, 24),
 )  # fmt: skip
 CONFIG = VLMConfig(VISION, TEXT, 2000, 2001, 2002, 2003)
-ON_CUDA = torch.cuda.is_available()
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    dtype, device = (torch.bfloat16, "cuda") if ON_CUDA else (torch.float32, "cpu")
+def measure(rounds: int) -> tuple[str, list[dict]]:
+    """The dtype, and a row for each policy."""
+    on_cuda = torch.cuda.is_available()
+    dtype, device = (torch.bfloat16, "cuda") if on_cuda else (torch.float32, "cpu")
     model = VisionLanguageModel(CONFIG)
     initialise(model, torch.Generator().manual_seed(0))
     model.to(device, dtype)
@@ -65,49 +68,37 @@ def main() -> None:
     def step() -> None:
         forward().backward()
 
-    rows, seconds = {}, {policy: [] for policy in get_args(Policy)}
+    clock = time.perf_counter if on_cuda else time.process_time
+
+    def seconds_of(policy: str) -> float:
+        model.set_recompute(policy, policy)
+        return seconds(step, clock)
+
+    rows = []
     load = Load(TOKENS, TARGETS, GRID[0] * GRID[1] * GRID[2])
     for policy in get_args(Policy):
         model.set_recompute(policy, policy)
         step()
         priced = CONFIG, load, PARTS, (policy, policy), dtype.itemsize
-        rows[policy] = {
-            "kept MB": megabytes(measure(forward)[0]),
-            "predicted kept MB": megabytes(sum(saved_activations(*priced).values())),
-            "peak MB": megabytes(measure(step)[1]),
-            "predicted peak MB": megabytes(sum(peak_activations(*priced).values())),
-        }
-    for _ in range(ROUNDS):
-        for policy in seconds:
-            model.set_recompute(policy, policy)
-            seconds[policy].append(seconds_of(step))
-    medians = {policy: statistics.median(times) for policy, times in seconds.items()}
-    for policy, row in rows.items():
-        ratio = medians[policy] / medians["none"]
-        row |= {"seconds": round(medians[policy], 3), "times that of none": round(ratio, 3)}
-    record = {
-        "machine": torch.cuda.get_device_name() if ON_CUDA else platform.machine(),
-        "torch": torch.__version__, "dtype": str(dtype),
-        "tokens": TOKENS, "patches": load.patches, "policies": rows,
-    }  # fmt: skip
-    path = Path(__file__).parent / "results" / "recompute.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"{'':10}" + "".join(f"{name:>19}" for name in rows["none"]))
-    for policy, row in rows.items():
-        print(f"{policy:10}" + "".join(f"{value:19}" for value in row.values()))
+        rows.append(
+            {
+                "policy": policy,
+                "kept MB": megabytes(allocated(forward)[0]),
+                "predicted kept MB": megabytes(sum(saved_activations(*priced).values())),
+                "peak MB": megabytes(allocated(step)[1]),
+                "predicted peak MB": megabytes(sum(peak_activations(*priced).values())),
+            }
+        )
+    policies = get_args(Policy)
+    taken = interleaved(rounds, {p: lambda p=p: seconds_of(p) for p in policies})
+    for row in rows:
+        times = taken[row["policy"]]
+        row |= {"seconds": summary(times), "times that of none": ratios(times, taken["none"])}
+    return str(dtype), rows
 
 
 def megabytes(count: int) -> float:
     return round(int(count) / 1e6, 2)
-
-
-def seconds_of(step: Callable[[], None]) -> float:
-    clock = time.perf_counter if ON_CUDA else time.process_time
-    began = clock()
-    step()
-    if ON_CUDA:
-        torch.cuda.synchronize()
-    return clock() - began
 
 
 def micro_batch() -> Batch:
@@ -122,26 +113,25 @@ def micro_batch() -> Batch:
     return collate([Example("x", ids, targets, None, positions, pixels, (GRID,))], CONFIG)
 
 
-def measure(work: Callable[[], object]) -> tuple[int, int]:
-    """Bytes that `work` allocates: those that its result keeps, and the most at any time."""
-    if ON_CUDA:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = work()
-        held = torch.cuda.memory_allocated() - before
-        del result
-        return held, torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = work()
-    events = profiler.profiler.kineto_results.events()
-    del result
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return held, most
+def main(given: Sequence[str] | None = None) -> int:
+    options = arguments("recompute", __doc__).parse_args(given)
+    torch.set_num_threads(1)
+    rounds = 1 if options.quick else ROUNDS
+    dtype, rows = measure(rounds)
+    print_table(rows)
+    write_result(
+        "recompute",
+        options,
+        what=f"bytes and time of a micro-batch of {TOKENS} tokens and as many patches in {dtype} "
+        "under each recompute policy, beside what vlm/cost predicts",
+        target={"predicted memory": "within 5 % of the real one"},
+        figures=rows,
+        spread=f"least and most of {rounds} interleaved rounds; bytes are the same in every run",
+        refuted_by="python -m bench.recompute, on a CPU or GPU: a peak more than 5 % from the "
+        "predicted one",
+    )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

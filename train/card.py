@@ -53,6 +53,7 @@ def make_card(run: Path) -> dict:
         events.setdefault(line["event"], []).append(line)
     config = yaml.safe_load(text)
     starts, trains = events.get("start", []), events.get("train", [])
+    learnt = [line for line in trains if "loss" in line]
     total = starts[-1]["total_steps"] if starts else None
     checkpoint = _last_checkpoint(run)
     progress = checkpoint and json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
@@ -79,9 +80,9 @@ def make_card(run: Path) -> dict:
         "updates": progress and progress["updates"],
         "checkpoint": checkpoint and checkpoint.name,
         "training_loss": {
-            "first": trains[0]["loss"] if trains else None,
-            "last": trains[-1]["loss"] if trains else None,
-            "last_by_source": trains[-1].get("loss_by_source") if trains else None,
+            "first": learnt[0]["loss"] if learnt else None,
+            "last": learnt[-1]["loss"] if learnt else None,
+            "last_by_source": learnt[-1].get("loss_by_source") if learnt else None,
         },
         "held_out": {
             name: _without(events["eval"][place], "event", "seconds")

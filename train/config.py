@@ -78,6 +78,9 @@ class TrainConfig:
     patch_budget: int = 20480
     """Patches of a packed micro-batch (a sample above it goes alone): four images of 1003520
     pixels."""
+    auto_budget: bool = False
+    """Derive token_budget and patch_budget from the device's memory at the run's first start; the
+    numbers above are not used then, but for a stream's patches per token."""
     skip_text_only: bool = True
     """While the language model is frozen: leave samples without image or video out, which train
     nothing; their targets still count, so that the gradient is the same."""
@@ -109,6 +112,8 @@ class TrainConfig:
     """What blocks keep for the backward pass (`vlm/recompute.py`): true is `full`, false `none`."""
     vit_gradient_checkpointing: bool | Policy | None = None
     """The same for the ViT alone (default: as gradient_checkpointing)."""
+    compile: bool = False
+    """Compile the blocks of both towers (`vlm/compile.py`): faster on a GPU, after a minute."""
     deepspeed: str | None = "zero2"
     """`zero1`, `zero2`, `zero2_offload` (masters and moments in the host's memory), or a DeepSpeed
     JSON file whose keys go over zero2's; null: one process, no DeepSpeed."""
@@ -142,14 +147,19 @@ class TrainConfig:
     """Seconds without data after which the workers are called stuck and the run ends."""
     dataset_num_proc: int = 8
     """Processes that index the data."""
+    feature_cache: Path | None = None
+    """A folder for what a frozen ViT makes of images and videos, so that later epochs, and other
+    runs of the same ViT, neither decode nor compute it again."""
+    feature_cache_gb: float = 100.0
+    """GB (10^9 bytes) that the folder may hold; once it is full nothing more is kept."""
 
     val_dataset: list[str | dict[str, Any]] = field(default_factory=list)
     """Held-out data, in the form of `dataset`."""
     split_dataset_ratio: float = 0.0
     """Share of the data to hold out instead, chosen by the seed."""
     eval_steps: int = -1
-    """Evaluate so often; -1: before the first step and at the end; 0: never. It needs held-out
-    data."""
+    """Evaluate so often, also before the first step and at the end; -1: at the end only; 0: never.
+    A number needs held-out data."""
     eval_answers: int = 10
     """Held-out questions that are answered by generation each time."""
     eval_max_new_tokens: int = 64
@@ -188,6 +198,7 @@ class TrainConfig:
             "patch_budget",
             "dataloader_timeout",
             "dataset_num_proc",
+            "feature_cache_gb",
             "stream_window",
             "save_steps",
             "save_total_limit",
@@ -214,6 +225,11 @@ class TrainConfig:
         for name in positive:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.feature_cache and self.deterministic:
+            raise UsageError(
+                "feature_cache keeps rows computed beside other images, which may round otherwise; "
+                "leave it or deterministic out"
+            )
         if self.streaming and self.max_steps is None:
             raise UsageError("streaming needs max_steps, since the length of an epoch is unknown")
         for name in ("warmup_ratio", "decay_ratio", "split_dataset_ratio"):
@@ -237,7 +253,10 @@ class TrainConfig:
             raise UsageError(
                 f"eval_steps is {self.eval_steps}; it must be -1, 0 or a number of steps"
             )
-        if self.plan == "packed" and self.max_length > self.token_budget:
+        if self.auto_budget and self.plan != "packed":
+            raise UsageError(f"auto_budget needs plan: packed; {self.plan} has no budgets")
+        fixed = self.plan == "packed" and not self.auto_budget
+        if fixed and self.max_length > self.token_budget:
             raise UsageError(
                 f"max_length {self.max_length} is above token_budget {self.token_budget}; a "
                 "micro-batch must hold any sample"

@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from train.budget import budget_of
 from train.config import TrainConfig, UsageError
 from train.state import Progress, Run
 from train.world import World
+from vlm.data.features import FeatureCache, measure
 from vlm.data.index import Index, build_index
 from vlm.data.index_cache import default_cache_dir
 from vlm.data.index_report import index_report
-from vlm.data.ledger import Entry, Ledger
+from vlm.data.ledger import EVALUATION, Entry, Ledger
 from vlm.data.limits import Limits
 from vlm.data.loader import Step, StepDataset, make_plan
 from vlm.data.plan_report import report
@@ -22,6 +24,7 @@ from vlm.data.processor import Processor
 from vlm.data.sources import DataError, Source, open_sources
 from vlm.data.split import choose_held_out, related
 from vlm.data.stream import Stream, StreamDataset, open_stream
+from vlm.vision import VisionTower
 
 
 @dataclass(frozen=True)
@@ -94,26 +97,31 @@ def open_data(
     Raises:
         DataError, UsageError, TooManyBadSamples: one sentence.
     """
-    ledger = Ledger(run.ledger, writes=world.first, strict=config.on_bad == "error")
+    if config.feature_cache and "vit" in trains:
+        raise UsageError("feature_cache needs a frozen ViT; set freeze_vit, or leave it out")
+    ledger = Ledger(run.ledger, world.first and not config.dry_run, strict=config.on_bad == "error")
     skips_text = config.skip_text_only and "llm" not in trains
-    held_out, bad = _measure(config.val_dataset, config, world, processor)
-    text_probe, broken = _measure(config.text_probe, config, world, processor)
-    bad += broken
+    held_out = _measure_held_out("val_dataset", config, world, processor, ledger)
+    text_probe = _measure_held_out("text_probe", config, world, processor, ledger)
+    bad: list[Entry] = []
+    told = config, world, run, processor.config, trains
     if config.streaming:
-        ledger.record(bad)
         stream = world.from_first(lambda: _find_stream(config))
         data = stream.fingerprint(processor, config.stream_window)
         progress = resumed or run.begin(0, data)
         run.check(progress, 0, data)
         shape = (progress.global_batch_size, config.stream_window, config.seed, world.rank)
-        limits = (world.size, config.budget, skips_text)
+        per_token = config.patch_budget / config.token_budget
+        largest = np.array([config.max_length]), np.array([int(config.max_length * per_token)])
+        size = progress.global_batch_size
+        budget, budgets = budget_of(*told, size, bool(resumed), *largest)
+        limits = (world.size, budget, skips_text)
         dataset = StreamDataset(stream, processor, trains, *shape, *limits)
         about = [f"stream: {len(stream.shards):,} shards, windows of {config.stream_window} steps"]
         good, steps = 0, config.max_steps
     else:
-        index, broken = _measure(config.dataset, config, world, processor)
-        about = [index_report(index, broken)] * world.first
-        bad += broken
+        index, bad = _measure(config.dataset, config, world, processor)
+        about = [index_report(index, bad)] * world.first
         ledger.record(bad)
         ledger.check(len(index) + len(bad), config.max_bad_fraction)
         if config.split_dataset_ratio:
@@ -122,10 +130,13 @@ def open_data(
         run.check(progress, len(index), index.fingerprint())
         costs = index.costs(processor.config, trains)
         fixed = (progress.global_batch_size, config.seed, world.size)
-        plan = make_plan(index, costs, *fixed, config.budget, skips_text)
+        sizes = index.length, index.patches
+        budget, budgets = budget_of(*told, fixed[0], bool(resumed), *sizes)
+        plan = make_plan(index, costs, *fixed, budget, skips_text)
         dataset = StepDataset(index, processor, plan, world.rank)
         good, steps = len(index), config.max_steps or plan.steps_per_epoch * config.num_train_epochs
         about += [report(plan, most_steps=20).line()] * world.first
+    about += budgets * world.first
     if held_out:
         about.append(
             f"held out: {len(held_out):,} samples, {(held_out.media > 0).sum():,} of them "
@@ -135,15 +146,46 @@ def open_data(
     return TrainData(dataset, progress, steps, good, len(bad), about, *rest)
 
 
+def open_features(
+    config: TrainConfig, world: World, tower: VisionTower
+) -> tuple[FeatureCache | None, list[str]]:
+    """The cache of a frozen tower's output, and a line about it; none where none is asked for.
+
+    Raises UsageError where the folder cannot be used.
+    """
+    if not config.feature_cache:
+        return None, []
+
+    def opened() -> tuple[FeatureCache, int]:
+        try:
+            cache = FeatureCache.of(config.feature_cache, tower)
+            return cache, measure(cache.root)
+        except OSError as error:
+            raise UsageError(f"feature_cache: {config.feature_cache}: {error.strerror}") from None
+
+    cache, used = world.from_first_of_machine(opened)
+    room = f"{used / 1e9:.3g} of {config.feature_cache_gb:g} GB used"
+    return cache, [f"feature cache: {cache.root}, {room}"]
+
+
 Specs = Sequence[str | dict[str, Any]]
+
+
+def _measure_held_out(
+    option: str, config: TrainConfig, world: World, processor: Processor, ledger: Ledger
+) -> Index | None:
+    """The index of an option's data, its bad samples recorded; None of no data."""
+    if not (specs := getattr(config, option)):
+        return None
+    index, bad = _measure(specs, config, world, processor)
+    ledger.record([replace(entry, found=EVALUATION) for entry in bad])
+    return index
 
 
 def _measure(
     specs: Specs, config: TrainConfig, world: World, processor: Processor
-) -> tuple[Index | None, list[Entry]]:
-    """The index of some data, and its bad samples, by the first rank's work; None of no data."""
-    if not specs:
-        return None, []
+) -> tuple[Index, list[Entry]]:
+    """The index of some data, and its bad samples, by the first rank's work."""
     sources = _open_sources(specs, config, world)
 
     def measure() -> tuple[Index, list[Entry]]:

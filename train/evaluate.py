@@ -8,38 +8,32 @@ Nothing of training changes by it: no random number is drawn from torch's genera
 made, and the model is left in the mode that it was in.
 """
 
-import base64
-import io
-import json
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from operator import itemgetter
+from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from train.answers import Question, add_answers, answer, ask
 from train.config import TrainConfig
 from train.data import TrainData
 from train.metrics import Log
 from train.state import Run
 from train.world import World
 from vlm.config import VisionConfig
-from vlm.data.chat import SPEAKERS
 from vlm.data.collate import collate
-from vlm.data.grounding import place_boxes
 from vlm.data.image import patchify, resize
 from vlm.data.index import Index
-from vlm.data.ledger import Entry
+from vlm.data.ledger import EVALUATION, Entry
 from vlm.data.pack import arrange
 from vlm.data.processor import Example, Processor
-from vlm.data.schema import BadSample, Message, Sample
+from vlm.data.schema import BadSample, Sample
 from vlm.data.split import related, strangers
 from vlm.data.view import pictures
-from vlm.generate import generate
 from vlm.loss import cross_entropy
 from vlm.model import VisionLanguageModel
 
@@ -47,10 +41,10 @@ BLANK = 127
 """Level of a blank image: grey, near the mean that pixels are normalised by."""
 SHARED = 1024
 """Samples that are spread over the ranks at once."""
-THUMBNAIL = 320
-"""Pixels on the longer side of the images beside an answer."""
 TRUE, SHUFFLED, BLANKED, TARGETS, RIGHT = range(5)
 """Rows of sums: losses with each kind of image, then counts with the true ones."""
+
+T = TypeVar("T")
 
 
 class Evaluator:
@@ -71,13 +65,12 @@ class Evaluator:
             self.others = strangers(related(samples))
 
     def due(self, step: int, last: bool = False) -> bool:
-        """Whether to evaluate once `step` steps are done: before the first one and after the last
-        one always. Where a run resumes it has been done."""
+        """Whether to evaluate once `step` steps are done. Where a run resumes it has been done."""
         every = self.config.eval_steps
         nothing = self.held_out is None and self.probe is None
         if every == 0 or nothing or 0 < step == self.start:
             return False
-        return last or step == 0 or (every > 0 and step % every == 0)
+        return last or (every > 0 and step % every == 0)
 
     def at(self, step: int, model: VisionLanguageModel, log: Log, last: bool = False) -> None:
         """Evaluate where it is `due`, and log the figures; every rank calls this."""
@@ -100,7 +93,8 @@ class Evaluator:
         if self.held_out is not None:
             figures = self._losses(model)
             answers = self.world.gather(self._answers(model, step))
-            self.world.from_first(lambda: self._write(answers, step))
+            answers = [figures for _, figures in sorted(answers, key=itemgetter(0))]
+            self.world.from_first(lambda: add_answers(self.answers, answers, step))
         if self.probe is not None:
             figures["text_loss"] = _mean(self._sums(model, self.probe), TRUE)
         self.ledger.record(self.world.gather(self.bad))
@@ -172,11 +166,14 @@ class Evaluator:
                 yield first + np.array(micro_batch, np.int64)
 
     def _read(self, index: Index, number: int) -> Example | None:
-        """None of a bad sample, which is remembered."""
+        return self._try(self.processor.encode, index, number)
+
+    def _try(self, work: Callable[[Sample], T], index: Index, number: int) -> T | None:
+        """What is made of a sample; None of a bad one, which is remembered."""
         try:
-            return self.processor.encode(index.sample(number))
+            return work(index.sample(number))
         except BadSample as error:
-            self.bad.append(Entry(error.sample_id, error.reason, "decoding"))
+            self.bad.append(Entry(error.sample_id, error.reason, EVALUATION))
             return None
 
     def _foreign(self, index: Index, number: int, example: Example) -> Tensor:
@@ -193,61 +190,16 @@ class Evaluator:
         most = min(self.config.eval_answers, len(self.held_out))
         numbers = np.linspace(0, len(self.held_out) - 1, most).astype(np.int64)
         index, answers = self.held_out.select(numbers), []
-        vision = self.processor.config.vision
         for micro_batch in self._mine(index):
-            asked = []
-            for number in micro_batch:
-                try:
-                    question, truth = split_answer(index.sample(number), self.processor)
-                    asked.append((number, question, truth, self.processor.prompt(question)))
-                except BadSample as error:
-                    self.bad.append(Entry(error.sample_id, error.reason, "decoding"))
-            if not asked:
-                continue
-            outputs = generate(
-                model,
-                collate([prompt for *_, prompt in asked], model.config).to(self.world.device),
-                max_new_tokens=self.config.eval_max_new_tokens,
-                stop_ids=self.processor.stop_ids,
-            )
-            for (number, question, truth, prompt), ids in zip(asked, outputs, strict=True):
-                answer = {
-                    "step": step,
-                    "id": question.id,
-                    "question": question.messages[-1].content,
-                    "truth": truth,
-                    "answer": self.processor.decode(ids),
-                    "images": [_thumbnail(first) for first, *_ in pictures(prompt, vision)],
-                }
-                answers.append((int(number), answer))
+            asked = [(n, q) for n in micro_batch if (q := self._try(self._ask, index, n))]
+            questions = [question for _, question in asked]
+            said = answer(model, questions, self.processor, self.config.eval_max_new_tokens)
+            for (number, _), figures in zip(asked, said, strict=True):
+                answers.append((int(number), {"step": step} | figures))
         return answers
 
-    def _write(self, answers: list[tuple[int, dict]], step: int) -> None:
-        """Add the answers to the file, in place of those that a killed run gave from here on."""
-        lines: list[str] = []
-        if self.answers.exists():
-            lines = self.answers.read_text(encoding="utf-8").splitlines()
-        lines = [line for line in lines if json.loads(line)["step"] < step]
-        lines += [json.dumps(answer) for _, answer in sorted(answers, key=itemgetter(0))]
-        partial = self.answers.with_name(self.answers.name + ".partial")
-        partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        os.replace(partial, self.answers)
-
-
-def split_answer(sample: Sample, processor: Processor) -> tuple[Sample, str]:
-    """The conversation up to the assistant's last words, and these words, boxes as they are learnt.
-
-    Raises:
-        BadSample: media or boxes that cannot be used.
-    """
-    media = processor.reader.measure(sample)
-    placed = place_boxes(sample, media, processor.config.vision.patch_size)
-    messages, truth = list(placed.messages), ""
-    while messages and SPEAKERS.get(messages[-1].role) == "assistant":
-        truth = messages.pop().content + truth
-    if not messages or messages[-1].role == "system":
-        messages.append(Message("user", ""))  # as training has it
-    return replace(placed, messages=tuple(messages)), truth
+    def _ask(self, sample: Sample) -> Question:
+        return ask(sample, self.processor)
 
 
 def in_place_of(example: Example, other: Example, vision: VisionConfig) -> Tensor:
@@ -266,11 +218,3 @@ def in_place_of(example: Example, other: Example, vision: VisionConfig) -> Tenso
 def _mean(sums: np.ndarray, row: int) -> float:
     """Over the targets of all its sources."""
     return float(sums[row].sum() / sums[TARGETS].sum())
-
-
-def _thumbnail(frame: Tensor) -> str:
-    """(height, width, 3) uint8 as a data URI."""
-    image, file = Image.fromarray(frame.numpy()), io.BytesIO()
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    image.save(file, "JPEG")
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

@@ -6,8 +6,7 @@ random state.
 """
 
 import os
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +14,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from train.config import UsageError
-from train.engine import Engine, Fragment
+from train.engine import MOMENTS, Engine, Fragment
+from train.freeze import Group
 from vlm.tensor_file import NAMES, make_header
 
 
@@ -51,11 +51,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         os.fsync(file.fileno())
 
 
-def restore_engine(folder: Path, engine: Engine, updates: int, rank: int) -> None:
-    """Fill the engine's fragments from a checkpoint that any number of ranks wrote.
+def check_fragments(folder: Path, groups: Iterable[Group]) -> None:
+    """UsageError where a checkpoint does not hold all that the training of these needs."""
+    stored = _StoredFragments(folder / "engine")
+    for name, parameter in (pair for group in groups for pair in group.parameters.items()):
+        for kind in ("master", *MOMENTS):
+            stored.check(name, kind, parameter.numel())
 
-    Raises UsageError where the checkpoint does not hold all of a parameter.
-    """
+
+def restore_engine(folder: Path, engine: Engine, updates: int, rank: int) -> None:
+    """Fill the engine's fragments from a checkpoint that any number of ranks wrote, and that
+    `check_fragments` has accepted."""
     stored = _StoredFragments(folder / "engine")
     for fragment in engine.fragments():
         stored.read_into(fragment)
@@ -73,7 +79,7 @@ class _StoredFragments:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.pieces: dict[tuple[str, str], list[tuple[int, int, object, str]]] = defaultdict(list)
+        self.pieces: dict[tuple[str, str], list[tuple[int, int, object, str]]] = {}
         for path in sorted(folder.glob("rank-*.safetensors")):
             file = safe_open(path, framework="pt")
             for key in file.keys():  # noqa: SIM118 - not a dict
@@ -81,19 +87,25 @@ class _StoredFragments:
                     continue
                 parameter, kind, start = key.split("|")
                 (length,) = file.get_slice(key).get_shape()
-                self.pieces[parameter, kind].append((int(start), length, file, key))
+                pieces = self.pieces.setdefault((parameter, kind), [])
+                pieces.append((int(start), length, file, key))
+
+    def check(self, parameter: str, kind: str, size: int) -> None:
+        """UsageError unless its fragments are the whole of a parameter of so many values."""
+        covered = 0
+        for start, length in sorted(piece[:2] for piece in self.pieces.get((parameter, kind), ())):
+            if start == covered:
+                covered += length
+        if covered != size:
+            raise UsageError(
+                f"{self.folder} holds {covered} of {size} values of {parameter} ({kind}); was it "
+                "written with other freeze options?"
+            )
 
     def read_into(self, wanted: Fragment) -> None:
         begin, end = wanted.start, wanted.start + len(wanted.values)
-        covered = 0
         for start, length, file, key in self.pieces[wanted.parameter, wanted.kind]:
             low, high = max(begin, start), min(end, start + length)
             if low < high:
                 piece = file.get_slice(key)[low - start : high - start]
                 wanted.values[low - begin : high - begin].copy_(piece)
-                covered += high - low
-        if covered != end - begin:
-            raise UsageError(
-                f"{self.folder} holds {covered} of {end - begin} values of {wanted.parameter} "
-                f"({wanted.kind}); was it written with other freeze options?"
-            )

@@ -2,29 +2,21 @@
 
 log.jsonl       one object a line: {"event": ..., "step": ..., ...}
   start         command, versions, ranks, device: at each start and resume
-  train         figures of the steps since the line before (`Window`)
+  train         figures of the steps since the line before (train/window.py)
   eval          figures on the held-out data
   skipped, refused, saved
 """
 
 import json
 import os
-import resource
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
 from train.config import TrainConfig
 from train.data import TrainData
-from train.engine import Engine, Stepped
 from train.provenance import device_name, provenance
 from train.trackers import open_trackers
-from train.update_ratio import update_ratios
 from train.world import World
 from vlm.cost import CONVENTION
 from vlm.cost.hardware import peak_tflops
@@ -144,117 +136,6 @@ class Log:
                 tracker.close()
 
 
-class Window:
-    """Sums over the steps between two log lines, and where their time went."""
-
-    def __init__(self, sources: Sequence[str], world: World) -> None:
-        self.sources, self.world = sources, world
-        self.began = time.perf_counter()
-        self.steps = self.tokens = self.targets = self.samples = 0
-        self.loss = self.flops = self.right = 0.0
-        self.sums, self.seen = [0.0] * len(sources), [0.0] * len(sources)
-        self.waits = {"data": 0.0, "ranks": 0.0, "save": 0.0, "eval": 0.0}
-        self._forwards: list[tuple] = []
-
-    @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
-        """Measure what does not train: `data`, `ranks`, `save` or `eval`."""
-        began = time.perf_counter()
-        yield
-        self.waits[what] += time.perf_counter() - began
-
-    @contextmanager
-    def forward(self) -> Iterator[None]:
-        """Measure a micro-batch's forward pass on the device, without waiting for it."""
-        began = self._mark()
-        yield
-        self._forwards.append((began, self._mark()))
-
-    def _mark(self) -> "float | torch.cuda.Event":
-        if self.world.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def add(
-        self, loss: float, stepped: Stepped, counts: Sequence[float], seen: Sequence[float]
-    ) -> None:
-        """One step, over all ranks.
-
-        Args:
-            loss: the mean.
-            stepped: its sums are of losses per source, and last the number of right answers.
-            counts: targets, tokens, samples and FLOPs.
-            seen: targets that the losses are of, per source.
-        """
-        *sums, right = stepped.sums
-        targets, tokens, samples, flops = counts
-        self.steps += 1
-        self.loss += loss
-        self.right += right
-        self.last = stepped
-        self.sums = [a + b for a, b in zip(self.sums, sums, strict=True)]
-        self.seen = [a + b for a, b in zip(self.seen, seen, strict=True)]
-        self.targets += targets
-        self.tokens += tokens
-        self.samples += samples
-        self.flops += flops
-
-    def figures(self, engine: Engine) -> dict:
-        """Means and rates over all ranks; every rank calls this.
-
-        FLOPs are useful ones, by the convention of `vlm/cost/`. Waits are shares of the time, of
-        which evaluation is no part. The slowest rank is waited for before a step and in the
-        backward passes: by `imbalance`, as if these were as uneven as the forward passes.
-        """
-        seconds = time.perf_counter() - self.began - self.waits["eval"]
-        own = [_memory(self.world.device), self.waits["data"], self.waits["ranks"]]
-        ranks = np.array(self.world.gather([own + self._forward_seconds()]))  # (ranks, 3 + n)
-        data, barrier = ranks[:, 1:3].mean(0).tolist()
-        computing = seconds - data - barrier - self.waits["save"]
-        detail = self.last.group_norms  # empty where the step to be logged was refused
-        return {
-            "loss": self.loss / self.steps,
-            "loss_by_source": {
-                name: total / seen
-                for name, total, seen in zip(self.sources, self.sums, self.seen, strict=True)
-                if seen
-            },
-            "token_accuracy": self.right / max(sum(self.seen), 1),
-            "grad_norm": self.last.norm,  # of the last step that was taken, as what follows
-            "grad_norm_by_group": detail,
-            "update_ratio_by_group": update_ratios(engine, self.world) if detail else {},
-            "lr": {group["name"]: group["lr"] for group in engine.param_groups},
-            "tokens": int(self.tokens),
-            "targets": self.targets,
-            "samples": int(self.samples),
-            "seconds": round(seconds, 4),
-            "tokens_per_second": round(self.tokens / seconds, 1),
-            "samples_per_second": round(self.samples / seconds, 2),
-            "useful_tflops_per_second": round(self.flops / seconds / 1e12, 5),
-            "data_wait": round(data / seconds, 4),
-            "rank_wait": round((barrier + imbalance(ranks[:, 3:]) * computing) / seconds, 4),
-            "save_wait": round(self.waits["save"] / seconds, 4),
-            "memory_gb": round(float(ranks[:, 0].max()) / 1e9, 3),
-        }
-
-    def _forward_seconds(self) -> list[float]:
-        if self.world.device.type != "cuda":
-            return [end - began for began, end in self._forwards]
-        self._forwards[-1][1].synchronize()
-        return [began.elapsed_time(end) / 1000 for began, end in self._forwards]
-
-
-def imbalance(seconds: np.ndarray) -> float:
-    """Share of their time that ranks wait for the slowest, if all wait after each micro-batch.
-
-    Args:
-        seconds: (ranks, micro-batches), of the work between two waits.
-    """
-    return 1 - float(seconds.mean(0).sum() / seconds.max(0).sum())
-
-
 def read_log(path: Path) -> list[dict]:
     """The lines of a log in their order; one torn by a crash is left out."""
     lines = []
@@ -267,19 +148,14 @@ def read_log(path: Path) -> list[dict]:
     return lines
 
 
-def _memory(device: torch.device) -> int:
-    """Most bytes held so far: of the device, or of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def _words(figures: dict) -> str:
-    mfu = f"  MFU {figures['mfu']:.1%}" if figures["mfu"] else ""
-    return (
-        f"loss {figures['loss']:.4f}  accuracy {figures['token_accuracy']:.3f}  norm "
-        f"{figures['grad_norm']:.2f}  {figures['tokens_per_second']:,.0f} tokens/s{mfu}"
-    )
+    mean, mfu = "loss of no target", ""
+    if "loss" in figures:
+        mean = f"loss {figures['loss']:.4f}  accuracy {figures['token_accuracy']:.3f}"
+    if figures["mfu"]:
+        mfu = f"  MFU {figures['mfu']:.1%}"
+    speed = f"{figures['tokens_per_second']:,.0f} tokens/s"
+    return f"{mean}  norm {figures['grad_norm']:.2f}  {speed}{mfu}"
 
 
 def _flat(prefix: str, values: dict) -> dict[str, float]:

@@ -115,9 +115,8 @@ def _count(steps: list[int], what: str) -> str:
 def _tiles(card: dict, trains: list[dict], evals: list[dict]) -> str:
     """The figures that are looked for first."""
     tiles: list[tuple[str, str]] = []
-    if trains:
-        first, last = trains[0]["loss"], trains[-1]["loss"]
-        tiles.append((show(last), f"training loss, from {show(first)}"))
+    if losses := [line["loss"] for line in trains if "loss" in line]:
+        tiles.append((show(losses[-1]), f"training loss, from {show(losses[0])}"))
     final = evals[-1] if evals else {}
     if "loss" in final:
         start = f", from {show(evals[0]['loss'])}" if len(evals) > 1 else ""

@@ -10,27 +10,31 @@ mistake in what was asked for, told in one sentence.
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from train.command_line import parse
 from train.config import TrainConfig, UsageError
-from train.data import open_data, open_processor
+from train.data import open_data, open_features, open_processor
 from train.dry_run import dry_run, warm_up
 from train.engine import check_engine, start_engine
 from train.evaluate import Evaluator
 from train.fragments import restore_engine
 from train.freeze import banner, freeze, trained_parts
-from train.metrics import Log, Window, introduction
+from train.metrics import Log, introduction
 from train.optim import learning_rate_scale, set_learning_rate
 from train.profiling import Profiler
 from train.report import summarise
-from train.state import Run, SaveError
+from train.state import Run, RunError
 from train.stop import END, Stop
 from train.trackers import check_trackers
+from train.window import Window
 from train.world import World
 from vlm.checkpoint import CheckpointError, load_model
+from vlm.compile import compile_blocks
+from vlm.data.features import keeping
 from vlm.data.ledger import TooManyBadSamples
 from vlm.data.loader import open_loader
 from vlm.data.sources import DataError
@@ -55,30 +59,38 @@ def train(config: TrainConfig, world: World) -> None:
     model_dir = found[0] / "model" if found else _given_model(config, world)
 
     # ---- data, and the plan that follows from its measures
-    processor = open_processor(config, model_dir)
+    processor = world.together(lambda: open_processor(config, model_dir))
     trains = trained_parts(config, processor.config)
     data = open_data(config, world, run, processor, trains, found and found[1])
     dataset, progress, total_steps = data.dataset, data.progress, data.total_steps
 
     # ---- model and engine
-    model = load_model(model_dir, getattr(torch, config.dtype), world.device).train()
+    dtype = getattr(torch, config.dtype)
+    model = world.together(lambda: load_model(model_dir, dtype, world.device)).train()
     groups = freeze(model, config)
+    run.check_start(model, groups, found)
     model.set_recompute(*config.recompute)
+    if config.compile:
+        compile_blocks(model)
     about = [f"model {model_dir}"]  # a hub's revision is in it, for a run that started from there
     about += [introduction(config, world, data), banner(model, groups, config)]
-    about += [*run.about, *data.about]
+    features, of_features = open_features(config, world, model.visual)
+    about += [*run.about, *data.about, *of_features]
     if config.dry_run:
         return dry_run(config, world, processor, data, model, trains, about)
-    log = Log(config, world, progress.step, total_steps)
+    with run.writing():
+        log = Log(config, world, progress.step, total_steps)
     log.say("\n".join(about))
     warm_up(model, dataset, world)  # memory fails here or never, but for a stream
+    dataset = replace(dataset, features=features)
     evaluator = Evaluator(config, world, processor, data, run)
     workers, timeout = config.dataloader_num_workers, config.dataloader_timeout
     on_cuda = world.device.type == "cuda"
     with (
         Stop(config, run) as stop,
-        run.training(model, log.write),
+        run.training(log.write),
         open_loader(dataset, progress.position, workers, on_cuda, timeout) as steps,
+        keeping(model.visual, features, int(config.feature_cache_gb * 1e9)),
         Profiler(run.dir / "profile", config.profile and world.first) as profiler,
     ):
         engine = start_engine(model, groups, config, world)
@@ -127,14 +139,14 @@ def train(config: TrainConfig, world: World) -> None:
                 norm, loss = stepped.norm, sum(stepped.sums[:-1]) / max(sum(seen), 1)
                 if math.isfinite(norm) and math.isfinite(loss):
                     refused = 0
-                    window.add(loss, stepped, [targets, tokens, samples, flops], seen)
+                    window.add(stepped, [targets, tokens, samples, flops], seen)
                 else:
                     refused += 1
                     ids = world.gather(part.ids)
                     log.write("refused", step, loss=str(loss), grad_norm=str(norm), samples=ids)
                     log.say(f"step {step} refused: loss {loss}, gradient norm {norm}; {ids}")
                     if refused == REFUSED_IN_A_ROW:
-                        raise RuntimeError(f"{refused} steps refused in a row; see {run.log}")
+                        raise RunError(f"{refused} steps refused in a row; see {run.log}")
 
             progress = progress.at(part.next, step, engine.updates)
             if logs and window.steps:
@@ -165,13 +177,11 @@ def main() -> int:
         world = World.start(config.deterministic, config.ddp_timeout)
         train(config, world)
         return 0
-    except (*MISTAKES, SaveError) as error:  # known to every rank
-        if world is None or world.first:
+    except (*MISTAKES, RunError, DataWorkerError) as error:
+        # known to every rank, but for the last, where the launcher ends the others
+        if world is None or world.first or isinstance(error, DataWorkerError):
             print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, SaveError) else 2
-    except DataWorkerError as error:  # known to one rank alone; the launcher ends the others
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, MISTAKES) else 1
     except KeyboardInterrupt:
         if world is None or world.first:
             print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)

@@ -3,7 +3,6 @@ while training goes on.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from train.checksums import CHECKSUMS, checksums
-from train.config import UsageError
+from train.disk import check_room, write_text
 from train.fragments import rank_file, write_tensors
 from train.world import World
 from vlm.checkpoint import save_model
@@ -129,25 +128,6 @@ class Writer:
         error, self._error = self._error, None
         if error:
             raise error
-
-
-def check_room(folder: Path, needed: float) -> None:
-    """UsageError where the folder's disk has no room for so many bytes."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UsageError(
-            f"a checkpoint takes {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free on the "
-            f"disk of {folder}; make room"
-        )
-
-
-def write_text(path: Path, text: str) -> None:
-    """A small file, whole or as it was before; on the disk at return."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
-    sync(partial)
-    os.replace(partial, path)
-    sync(path.parent)
 
 
 def _fresh_folder(folder: Path, size: float) -> None:

@@ -1,7 +1,7 @@
 """The run on disk: directory, checkpoints, exact resume on any number of ranks.
 
     output_dir/
-      config.yaml log.jsonl ledger.jsonl latest
+      config.yaml log.jsonl ledger.jsonl latest .lock
       checkpoint-<step>/
         model/                        the hub's layout, loadable as it is
         engine/rank-*.safetensors     each rank's own fragments of masters and moments
@@ -9,42 +9,52 @@
         checksums.json                of all these files
 
 A checkpoint is written beside its final name, by a thread while training goes on, and renamed once
-it is on the disk: it is whole or absent. One that was damaged later is put aside at a resume.
+it is on the disk: it is whole or absent. One that was damaged later is put aside at a resume. A dry
+run only reads.
 """
 
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
-from errno import ENOSPC
 from functools import partial
 from itertools import count
 from pathlib import Path
+from socket import gethostname
+from typing import TextIO
 
 import yaml
 from torch import Tensor, nn
 
 from train.checksums import flaw, read_checksums
 from train.config import TrainConfig, UsageError
+from train.disk import FULL, check_room, write_text
 from train.engine import MOMENTS, Engine
-from train.fragments import fragments_of, random_state
-from train.snapshot import HostCopies, Snapshot, Writer, check_room, write_text
+from train.fragments import check_fragments, fragments_of, random_state
+from train.freeze import Group
+from train.lock import lock, owner
+from train.snapshot import HostCopies, Snapshot, Writer
 from train.world import World
 from vlm.data.plan import Position
 from vlm.partial import sync
 from vlm.tensor_file import CheckpointError
 
+CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")
+TORN = re.compile(r"checkpoint-[0-9]+\.partial")
+"""Of a checkpoint, on its way to the disk or from it."""
 ENGINES_KEPT = 2
 """Only the last checkpoints can be resumed; the others keep their model."""
 LAST_WAIT = 60
 """Seconds that an error waits for the checkpoint at hand: where a rank is dead it never ends."""
 
 
-class SaveError(RuntimeError):
-    """A checkpoint or the log could not be written; the checkpoints before are whole."""
+class RunError(RuntimeError):
+    """The run cannot go on, though nothing is wrong with what was asked for: a checkpoint or the
+    log could not be written, or too many steps were refused. Its checkpoints are whole."""
 
 
 @dataclass(frozen=True)
@@ -88,24 +98,42 @@ class Run:
         """For the person who watches: what was found in the directory."""
         self._copies, self._writer = HostCopies(), Writer()
         self._saved: dict = {}
-        world.from_first(self._create)
-        if len(world.gather([None] if self.dir.is_dir() else [])) < world.size:
-            raise UsageError(f"{self.dir} is not seen by every rank; it must lie on shared storage")
+        self._lock: TextIO | nullcontext = nullcontext()
+        """The first rank's, until it is closed."""
+        mine = world.from_first(self._open)
+        if not config.dry_run:
+            same = world.first or owner(self.dir) == mine
+            for host in world.gather([] if same else [gethostname()]):
+                raise UsageError(
+                    f"output_dir {self.dir} on {host} is not the one that the first rank sees; "
+                    "give one on storage that all nodes share"
+                )
 
-    def _create(self) -> None:
+    def _open(self) -> str:
+        """Make the directory this run's; what its lock now says."""
         if (self.dir / "config.json").exists():
             raise UsageError(
                 f"output_dir {self.dir} is a model's directory; give the run one of its own"
             )
+        mine = ""
         try:
-            self.dir.mkdir(parents=True, exist_ok=True)
-            for torn in self.dir.glob("checkpoint-*.partial"):
-                shutil.rmtree(torn)
+            if not self.config.dry_run:
+                self.dir.mkdir(parents=True, exist_ok=True)
+                self._lock, mine = lock(self.dir)
+                for torn in self.dir.iterdir():
+                    if TORN.fullmatch(torn.name):
+                        shutil.rmtree(torn)
         except OSError as error:
             raise UsageError(f"output_dir {self.dir} cannot be written ({error})") from None
-        if not os.access(self.dir, os.W_OK):
+        there = self._existing()
+        if not (there.is_dir() and os.access(there, os.W_OK)):
             raise UsageError(f"output_dir {self.dir} cannot be written")
         self._tell_changes()
+        return mine
+
+    def _existing(self) -> Path:
+        """The directory, or in a dry run the one above that it would be made in."""
+        return next(path for path in (self.dir, *self.dir.parents) if path.exists())
 
     def _tell_changes(self) -> None:
         new = yaml.safe_load(self.config.to_yaml())
@@ -136,33 +164,53 @@ class Run:
                 f"{progress.global_batch_size}, which fix its batches; keep them or use another dir"
             )
 
+    def check_start(
+        self, model: nn.Module, groups: list[Group], found: tuple[Path, Progress] | None
+    ) -> None:
+        """UsageError where the checkpoint that was found lacks state of what trains now, or the
+        disk has no room for one; every rank calls this."""
+        self.world.from_first(lambda: self._check_start(model, groups, found and found[0]))
+
+    def _check_start(self, model: nn.Module, groups: list[Group], folder: Path | None) -> None:
+        if folder:
+            check_fragments(folder, groups)
+        trained = sum(p.numel() for group in groups for p in group.parameters.values())
+        weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+        check_room(self._existing(), weights + 4 * (1 + len(MOMENTS)) * trained)
+
     @contextmanager
-    def training(self, model: nn.Module, log: Callable[..., None]) -> Iterator[None]:
-        """The block in which checkpoints are saved; at its end all of them are on the disk.
+    def writing(self) -> Iterator[None]:
+        """A block that writes to the directory: RunError where the disk, or a quota, is full."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in FULL:
+                raise RunError(f"{self.dir}: {error.strerror}; {self._next()}") from error
+            raise
+
+    @contextmanager
+    def training(self, log: Callable[..., None]) -> Iterator[None]:
+        """The block in which checkpoints are saved; at its end all of them are on the disk, and
+        the directory is free for another process.
 
         Args:
             log: is called as `log("saved", step, **figures)` some time after each.
 
         Raises:
-            UsageError: at the start, the disk has no room for one checkpoint of the model.
-            SaveError: at the end, the last one could not be written; or the disk ran full.
+            RunError: at the end, the last one could not be written; or the disk ran full.
         """
-        self.world.from_first(lambda: self._settle(model))
+        self.world.from_first(self._keep_options)
         self._log = log
-        try:
-            yield
-        except BaseException as error:
-            self._writer.join(LAST_WAIT)
-            if isinstance(error, OSError) and error.errno == ENOSPC:  # the log's
-                raise SaveError(f"{self.dir}: {error.strerror}; {self._next()}") from error
-            raise
-        self.wait()
+        with self._lock, self.writing():
+            try:
+                yield
+            except BaseException:
+                self._writer.join(LAST_WAIT)
+                raise
+            self.wait()
 
-    def _settle(self, model: nn.Module) -> None:
-        """All options have been accepted: keep them."""
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-        check_room(self.dir, weights + 4 * (1 + len(MOMENTS)) * trained)
+    def _keep_options(self) -> None:
+        """All have been accepted."""
         try:
             write_text(self.dir / "config.yaml", self.config.to_yaml())
         except OSError as error:
@@ -170,14 +218,15 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
-        found = [p for p in self.dir.glob("checkpoint-*") if p.name.split("-")[1].isdigit()]
-        return sorted(found, key=lambda folder: int(folder.name.split("-")[1]))
+        names = os.listdir(self.dir) if self.dir.exists() else ()
+        found = filter(None, map(CHECKPOINT.fullmatch, names))
+        return [self.dir / name[0] for name in sorted(found, key=lambda name: int(name[1]))]
 
     def latest(self) -> tuple[Path, Progress] | None:
         """The newest checkpoint whose files are as they were written, or None for a fresh run.
 
         Every rank calls this, and reads a share of the files. Newer ones that are broken are
-        renamed, and told in `about`.
+        renamed, but for a dry run, and told in `about`.
 
         Raises UsageError where there are checkpoints but none can be resumed.
         """
@@ -214,14 +263,18 @@ class Run:
 
     def _resume(self, whole: Path, broken: dict[Path, str]) -> None:
         for folder, text in broken.items():
-            names = (f"{folder.name}.broken{number or ''}" for number in count())
-            name = next(name for name in names if not (self.dir / name).exists())
-            os.replace(folder, self.dir / name)
+            now = "" if self.config.dry_run else f"it is now {self._put_aside(folder)}, and "
             self.about.append(
-                f"{folder.name} cannot be resumed ({text}); it is now {name}, and the run goes on "
-                f"from {whole.name}"
+                f"{folder.name} cannot be resumed ({text}); {now}the run goes on from {whole.name}"
             )
-        write_text(self.dir / "latest", whole.name)
+        if not self.config.dry_run:
+            write_text(self.dir / "latest", whole.name)
+
+    def _put_aside(self, folder: Path) -> str:
+        names = (f"{folder.name}.broken{number or ''}" for number in count())
+        name = next(name for name in names if not (self.dir / name).exists())
+        os.replace(folder, self.dir / name)
+        return name
 
     def reserve(self, model: nn.Module, engine: Engine) -> None:
         """Take the memory for copies beside the first steps, not in the first save."""
@@ -240,7 +293,7 @@ class Run:
                 others take them from the one before, since an old one may be gone.
 
         Raises:
-            SaveError: the last checkpoint could not be written.
+            RunError: the last checkpoint could not be written.
         """
         began = time.perf_counter()
         self.wait()
@@ -260,7 +313,7 @@ class Run:
         return self._writer.failed
 
     def wait(self) -> None:
-        """Until the last checkpoint, if there is one, is on the disk; SaveError as in `save`."""
+        """Until the last checkpoint, if there is one, is on the disk; RunError as in `save`."""
         self._writer.wait()
         if self._saved:
             self._log("saved", **self._saved)
@@ -278,7 +331,7 @@ class Run:
             if world.first:
                 shutil.rmtree(folder, ignore_errors=True)
             reason = getattr(error, "strerror", None) or error
-            raise SaveError(f"{final} could not be written: {reason}; {self._next()}") from error
+            raise RunError(f"{final} could not be written: {reason}; {self._next()}") from error
         self._saved = {
             "step": step,
             "seconds": round(time.perf_counter() - began + waited, 4),

@@ -125,17 +125,20 @@ class World:
             raise outcome[1]
         return outcome[0]
 
+    def together(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns on this rank; an error of one rank is raised on all."""
+        result, errors = None, []
+        try:
+            result = work()
+        except Exception as error:  # noqa: BLE001 - raised again below, on every rank
+            errors = [error]
+        for error in self.gather(errors):
+            raise error
+        return result
+
     def on_all(self, work: Callable[[], Any]) -> list[Any]:
         """What `work` returns on each rank, on every rank; an error of one is raised on all."""
-        try:
-            outcome = (work(), None)
-        except Exception as error:  # noqa: BLE001 - raised again below, on every rank
-            outcome = (None, error)
-        outcomes = self.gather([outcome])
-        for _, error in outcomes:
-            if error is not None:
-                raise error
-        return [result for result, _ in outcomes]
+        return self.gather([self.together(work)])
 
     def from_first_of_machine(self, work: Callable[[], Any]) -> Any:
         """What `work` returns (or raises) on each machine's first rank, on every rank there.

@@ -24,7 +24,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal
     Returns:
         (T, H, E), dtype of q.
     """
-    return _BACKENDS[backend(q.device.type, q.dtype)](q, k, v, segments, causal)
+    return BACKENDS[backend(q.device.type, q.dtype)](q, k, v, segments, causal)
 
 
 @cache
@@ -72,4 +72,4 @@ def _grouped_sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: b
     return joined if restore is None else joined[restore]
 
 
-_BACKENDS = {"flash_attn": _flash_attn, "torch_varlen": _torch_varlen, "sdpa": _grouped_sdpa}
+BACKENDS = {"flash_attn": _flash_attn, "torch_varlen": _torch_varlen, "sdpa": _grouped_sdpa}

@@ -86,6 +86,30 @@ class VisionPlan:
 
 
 @dataclass(frozen=True)
+class Features:
+    """Which images and videos a frozen tower need not see, since its output is on disk
+    (`vlm/data/features.py`)."""
+
+    rows: Tensor
+    """(F, D): what the merger reads of those, one after the other, each in window order."""
+    media: tuple[tuple[int, str | None], ...]
+    """Of each image and video: its number of patches, and the key that its rows are to be kept
+    under; None where they are here."""
+
+    def joined(self, computed: Tensor) -> Tensor:
+        """(P, D) of all media in order; `computed` are the rows of those that are not here."""
+        here = iter(self.rows.split([count for count, key in self.media if key is None]))
+        others = iter(computed.split([count for count, key in self.media if key is not None]))
+        return torch.cat([next(here if key is None else others) for _, key in self.media])
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Features":
+        return _each(self, lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Features":
+        return _each(self, lambda x: x.pin_memory())
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch of S samples."""
 
@@ -105,13 +129,16 @@ class Batch:
     """(V,) int64: rows that the vision features replace; empty for text alone."""
     patches: Tensor
     """(P, patch_dim) uint8 RGB levels. Text alone carries a blank dummy image, because
-    every rank must run the vision tower in every micro-batch."""
+    every rank must run the merger in every micro-batch."""
     vision: VisionPlan
+    """Of `patches`; but `reverse_index` is of all media, in `features` or not."""
     ids: tuple[str, ...]
     """Where each sample comes from, for messages."""
     sources: Tensor | None = None
     """(N,) int64: number of the source that each target is from, for the loss per source; None
     where nobody asks for it."""
+    features: Features | None = None
+    """Media that `patches` lacks; None where nothing is kept on disk."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         return _each(self, lambda x: x.to(device, non_blocking=non_blocking))
@@ -125,6 +152,6 @@ def _each(record, change):
     changed = {}
     for field in fields(record):
         value = getattr(record, field.name)
-        if isinstance(value, Tensor | Segments | VisionPlan):
+        if isinstance(value, Tensor | Segments | VisionPlan | Features):
             changed[field.name] = change(value)
     return replace(record, **changed)

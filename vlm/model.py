@@ -35,8 +35,8 @@ class LanguageModel(nn.Module):
         decoder = self.model["language_model"]
         positions = torch.cat([torch.arange(n) for n in segments.lengths]).to(input_ids.device)
         attend = packed_attention(segments)
-        x = decoder(decoder.embed_tokens(input_ids), positions.expand(3, -1), attend)
-        return decoder.norm(x[rows])
+        x = decoder.embed_tokens(input_ids)
+        return decoder.norm(decoder(x, positions.expand(3, -1), attend, rows))
 
 
 def packed_attention(segments: Segments) -> Attend:
@@ -81,13 +81,13 @@ class VisionLanguageModel(nn.Module):
 
     def decode(self, batch: Batch, attend: Attend, rows: Tensor) -> Tensor:
         """Normalised hidden states (len(rows), D) at `rows` (int64), with the given attention."""
-        x = self.language_model(self.embed(batch), batch.position_ids, attend)
-        return self.language_model.norm(x[rows])
+        x = self.language_model(self.embed(batch), batch.position_ids, attend, rows)
+        return self.language_model.norm(x)
 
     def embed(self, batch: Batch) -> Tensor:
         """(T, D): token embeddings, with vision features where the media stand."""
         x = self.language_model.embed_tokens(batch.input_ids)
-        features = self.visual(batch.patches, batch.vision)
+        features = self.visual(batch.patches, batch.vision, batch.features)
         if batch.visual_rows.numel():
             return x.index_copy(0, batch.visual_rows, features.to(x.dtype))
         # Ranks must agree on which gradients exist. An empty sum joins the dummy image to the

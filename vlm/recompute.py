@@ -48,7 +48,7 @@ def pointwise(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     Args:
         function: pure and cheap. What it closes over is held, too.
     """
-    if not _marking.get():
+    if torch.compiler.is_compiling() or not _marking.get():  # a compiler decides by itself
         return function(*inputs)
     again = _Again(function, inputs)
     with _set_marking(False), saved_tensors_hooks(again.pack, again.unpack):

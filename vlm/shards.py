@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vlm.partial import PART, PLAN, check_ours, only_writer, partial_of, put_in_place, remove, sync
 from vlm.tensor_file import DTYPES, NAMES, CheckpointError, Stored, make_header, nbytes, read_into
@@ -138,6 +137,8 @@ def write_checkpoint(
         _check_space(out_dir, shards, finished)
         _prepare(partial, finished, fingerprint)
         total = sum(shard.size for shard in shards)
+        from tqdm import tqdm  # here: nothing that reads a model or builds one needs it
+
         bar = tqdm(
             desc=label,
             total=total,

@@ -4,7 +4,7 @@
 where the config has an `mrope_section`, else plain.
 Sources: Qwen3 technical report, arXiv:2505.09388, section 2; Qwen2.5, arXiv:2412.15115.
 
-Legend: T rows, D hidden size, H heads, K key/value heads, E head_dim.
+Legend: T rows, N rows asked for, D hidden size, H heads, K key/value heads, E head_dim.
 """
 
 from collections.abc import Callable
@@ -32,27 +32,34 @@ class TextDecoder(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, position_ids: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self, x: Tensor, position_ids: Tensor, attend: Attend, rows: Tensor | None = None
+    ) -> Tensor:
         """Hidden states after the last layer, before the final norm.
 
         Args:
             x: (T, D) embeddings.
             position_ids: (3, T) int64; plain rope reads the first row.
+            rows: (N,) int64: those whose logits are wanted; None for all. After the last layer's
+                attention no row needs another, so the others are not computed further.
 
         Returns:
-            (T, D). Apply `self.norm` to the rows whose logits are wanted.
+            (N, D).
         """
         if self.config.mrope_section is None:
             cos, sin = rope_tables(position_ids[0], self.config)
         else:
             cos, sin = mrope_tables(position_ids, self.config)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             x = run_block(layer, self.recompute, x, cos, sin, attend)
-        return x
+        return run_block(last, self.recompute, x, cos, sin, attend, rows)
 
 
 class DecoderLayer(nn.Module):
+    """`before` and `after` attention are pieces that `vlm/compile.py` may compile."""
+
     def __init__(self, config: TextConfig, index: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -60,8 +67,22 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, rows: Tensor | None = None
+    ) -> Tensor:
+        """(T, D) -> (N, D) at `rows`, which all attend to all that they may; None for all."""
+        mixed = attend(self.self_attn.index, *self.before(x, cos, sin))
+        if rows is not None:
+            x, mixed = x[rows], mixed[rows]
+        return self.after(x, mixed)
+
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention reads, of x (T, D): q (T, H, E), k and v (T, K, E)."""
+        return self.self_attn.queries_keys_values(self.input_layernorm(x), cos, sin)
+
+    def after(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The block's result (T, D), of its input and attention's result (T, H, E)."""
+        x = x + self.self_attn.o_proj(mixed.flatten(1))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -80,14 +101,16 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.rotate = apply_rope if config.mrope_section is None else apply_mrope
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def queries_keys_values(
+        self, x: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (
             proj(x).unflatten(1, (-1, self.head_dim))
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q = pointwise(lambda q: self._turned(q, self.q_norm, cos, sin), q)
         k = pointwise(lambda k: self._turned(k, self.k_norm, cos, sin), k)
-        return self.o_proj(attend(self.index, q, k, v).flatten(1))
+        return q, k, v
 
     def _turned(self, x: Tensor, norm: RMSNorm | None, cos: Tensor, sin: Tensor) -> Tensor:
         return self.rotate(x if norm is None else norm(x), cos, sin)

@@ -8,14 +8,14 @@ Source: Qwen2.5-VL technical report, arXiv:2502.13923, section 2.1.
 Legend: P patches, V visual tokens (P / merge_unit), D hidden size, H heads, E head_dim.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlm.attention import varlen_attention
-from vlm.batch import Segments, VisionPlan
+from vlm.batch import Features, Segments, VisionPlan
 from vlm.config import VisionConfig
 from vlm.layers import RMSNorm, SwiGLU
 from vlm.recompute import Policy, pointwise, run_block
@@ -86,24 +86,40 @@ class VisionTower(nn.Module):
         super().__init__()
         self.config = config
         self.recompute: Policy = "none"
+        self.keep: Callable[[Features, Tensor], None] | None = None
+        """Called with the trunk's output for media that are not on disk, where a batch tells."""
         self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
         self.merger = PatchMerger(config)
 
-    def forward(self, patches: Tensor, plan: VisionPlan) -> Tensor:
-        """patches (P, patch_dim) uint8 -> (V, out_hidden_size), in the order of the images."""
+    def forward(
+        self, patches: Tensor, plan: VisionPlan, features: Features | None = None
+    ) -> Tensor:
+        """patches (P, patch_dim) uint8 -> (V, out_hidden_size), in the order of the images.
+
+        Args: features: of media that are not among the patches.
+        """
         trunk = (*self.patch_embed.parameters(), *self.blocks.parameters())
         with torch.set_grad_enabled(
             torch.is_grad_enabled() and any(p.requires_grad for p in trunk)
         ):
-            x = self.trunk(patches, plan)
+            x = self._kept(patches, plan, features) if features else self.trunk(patches, plan)
         return run_block(self.merger, self.recompute, x)[plan.reverse_index]
+
+    def _kept(self, patches: Tensor, plan: VisionPlan, features: Features) -> Tensor:
+        """(P, D) of all media, of which only those in `patches` are computed."""
+        if not len(patches):
+            return features.rows
+        computed = self.trunk(patches, plan)
+        if self.keep:
+            self.keep(features, computed)
+        return features.joined(computed)
 
     def trunk(self, patches: Tensor, plan: VisionPlan) -> Tensor:
         """patches (P, patch_dim) uint8 -> (P, D), what the merger reads, in window order."""
         unit = self.config.merge_unit
+        patches = patches.unflatten(0, (-1, unit))[plan.window_index].flatten(0, 1)
         x = self.patch_embed(patches)
-        x = x.unflatten(0, (-1, unit))[plan.window_index].flatten(0, 1)
         cos, sin = vision_tables(plan.positions, self.config.head_dim)
         for index, block in enumerate(self.blocks):
             full = index in self.config.fullatt_block_indexes
@@ -126,6 +142,8 @@ class PatchEmbed(nn.Module):
 
 
 class VisionBlock(nn.Module):
+    """`before` and `after` attention are pieces that `vlm/compile.py` may compile."""
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.norm1 = RMSNorm(config.hidden_size)
@@ -134,7 +152,16 @@ class VisionBlock(nn.Module):
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, bias=True)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
-        x = x + self.attn(self.norm1(x), cos, sin, segments)
+        mixed = varlen_attention(*self.before(x, cos, sin), segments, causal=False)
+        return self.after(x, mixed)
+
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What attention reads, of x (P, D): q, k and v, each (P, H, E)."""
+        return self.attn.queries_keys_values(self.norm1(x), cos, sin)
+
+    def after(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The block's result (P, D), of its input and attention's result (P, H, E)."""
+        x = x + self.attn.proj(mixed.flatten(1))
         return x + self.mlp(self.norm2(x))
 
 
@@ -145,10 +172,12 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segments: Segments) -> Tensor:
+    def queries_keys_values(
+        self, x: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)  # (P, H, E) each
         q, k = (pointwise(apply_vision_rope, x, cos, sin) for x in (q, k))
-        return self.proj(varlen_attention(q, k, v, segments, causal=False).flatten(1))
+        return q, k, v
 
 
 class PatchMerger(nn.Module):

@@ -18,7 +18,7 @@ from bench.peers.watch import PeerError
 
 ROOT = Path(__file__).parents[2]
 PEERS_PYTHON = ROOT / ".venv-swift" / "bin" / "python"
-"""Of ms-swift and of the transformers loops, where it exists; else these run in our own."""
+"""Of ms-swift; the transformers loops run in our own environment."""
 WORKERS = 1
 UNCLIPPED = 1e9
 """A largest norm that no gradient has."""
@@ -83,7 +83,7 @@ def environment(threads: int, cache: Path) -> dict[str, str]:
     }
 
 
-def start_ours(job: Job) -> Start:
+def start_ours(job: Job, profile: bool = False) -> Start:
     """train/sft.py with configs/stage1.yaml or stage2.yaml, packed, nothing computed twice."""
     recipe = yaml.safe_load((ROOT / "configs" / f"stage{job.stage}.yaml").read_text())
     options = recipe | {
@@ -100,6 +100,7 @@ def start_ours(job: Job) -> Start:
         "dataloader_num_workers": WORKERS,
         "dataset_num_proc": WORKERS,
         "seed": SEED,
+        "profile": profile,
     }
     config = job.out / "ours.yaml"
     config.write_text(yaml.safe_dump(options), encoding="utf-8")
@@ -126,8 +127,7 @@ def start_plain(job: Job, gradient_checkpointing: bool) -> Start:
     )
     path = job.out / "plain.json"
     path.write_text(json.dumps(asdict(options)), encoding="utf-8")
-    python = PEERS_PYTHON if PEERS_PYTHON.exists() else sys.executable
-    command = [str(python), "-m", "bench.peers.plain", str(path)]
+    command = [sys.executable, "-m", "bench.peers.plain", str(path)]
     return Start(command, job.out / "log.jsonl")
 
 

@@ -1,4 +1,4 @@
-"""A process watched from outside: when each line of its log came, and the most memory it held.
+"""A process watched from outside: when its log's lines came, what it computed, the memory it held.
 
 The same clock and the same counter for every system, whatever it says of itself.
 """
@@ -17,6 +17,7 @@ PAUSE = 0.005
 """Seconds between two looks at the log: what a step's end may be wrong by."""
 LOOK = 0.5
 """Seconds between two looks at the memory; the kernel keeps its peak."""
+PROCESSES = Path("/proc")
 PATIENCE = 1800
 """Seconds after which a process is given up."""
 
@@ -31,6 +32,8 @@ class Watched:
     """Of its log, one for each step."""
     ended: list[float]
     """Seconds from the start of the process until each of them was there."""
+    computed: list[float]
+    """Seconds of processor time until then, of the process and its descendants."""
     peak_bytes: int
     """Most resident memory of its largest process."""
 
@@ -49,6 +52,7 @@ def watch(
     """
     lines: list[dict] = []
     ended: list[float] = []
+    computed: list[float] = []
     read = peak = 0
     looked = 0.0
     with said.open("wb") as output:
@@ -72,6 +76,8 @@ def watch(
             found = [line for line in found if "loss" in line]
             lines += found
             ended += [now] * len(found)
+            if found:
+                computed += [cpu_seconds(process.pid)] * len(found)
             if ended_with is not None:
                 break
             if found or now > looked + LOOK:
@@ -89,7 +95,7 @@ def watch(
             f"{' '.join(command)} ended with {ended_with} after {len(lines)} of {steps} "
             f"steps; it said: {words}"
         )
-    return Watched(lines, ended, peak)
+    return Watched(lines, ended, computed, peak)
 
 
 def peak_of_tree(pid: int) -> int:
@@ -97,11 +103,28 @@ def peak_of_tree(pid: int) -> int:
 
     `getrusage` will not do: to a child it adds what its parent held when it was forked.
     """
-    folder = Path("/proc") / str(pid)
     try:
-        children = (folder / "task" / str(pid) / "children").read_text().split()
-        status = (folder / "status").read_text()
+        status = (PROCESSES / str(pid) / "status").read_text()
+        children = children_of(pid)
     except OSError:  # it has ended
         return 0
     own = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
-    return max([int(own[1]) * 1024 if own else 0, *(peak_of_tree(int(c)) for c in children)])
+    return max([int(own[1]) * 1024 if own else 0, *(peak_of_tree(c) for c in children)])
+
+
+def cpu_seconds(pid: int) -> float:
+    """That a process and its descendants have computed, ended ones included."""
+    try:
+        # a name in brackets, which may hold anything, and then the third field
+        fields = (PROCESSES / str(pid) / "stat").read_text().rpartition(")")[2].split()
+        children = children_of(pid)
+    except OSError:
+        return 0.0
+    ticks = sum(map(int, fields[11:15]))  # its own, and those of children waited for
+    return ticks / os.sysconf("SC_CLK_TCK") + sum(map(cpu_seconds, children))
+
+
+def children_of(pid: int) -> list[int]:
+    """OSError where it has ended."""
+    tasks = (PROCESSES / str(pid) / "task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]

@@ -9,6 +9,7 @@ from examples.digits.processes import RANKS, run, start
 
 HELD_OUT = 128
 """Questions that each stage is evaluated on while it trains."""
+EVAL_STEPS = "300"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Recipe:
             *("--model", model, "--dataset", self.data / f"{stage}.jsonl"),
             *("--val_dataset", f"{self.data / 'held_out.jsonl'}#{HELD_OUT}"),
             *("--text_probe", f"{self.data / 'held_out_text.jsonl'}#{HELD_OUT}"),
+            *("--eval_steps", EVAL_STEPS),
             *("--output_dir", self.out / stage),
             threads=1,
         )

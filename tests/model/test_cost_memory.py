@@ -141,7 +141,7 @@ def test_other_decoders_save_what_is_said_too(text, policies):
     assert saved_bytes(model, micro_batch(config, WHOLE_WINDOWS)) == sum(saved.values())
 
 
-NARROW, WIDE = (64, 170), (192, 500)
+NARROW, WIDE = (64, 170), (192, 1000)
 """Widths of a tower or decoder and of its feed-forward layers."""
 LOADS = {"logits": Load(300, 250, 4), "decoder": Load(1000, 50, 64), "both": Load(300, 20, 1024)}
 """Micro-batches that need most at different times."""
@@ -194,11 +194,17 @@ def test_the_peak_may_be_in_the_tower(dtype):
     "rows", [100, CHUNK_ROWS, CHUNK_ROWS + 1, CHUNK_ROWS + 900, 3 * CHUNK_ROWS]
 )
 def test_the_logits_take_what_is_said(rows, dtype):
-    text = replace(parse_config(hybrid_config()).text, vocab_size=200)
+    text = replace(parse_config(hybrid_config()).text, vocab_size=4000)
     hidden = torch.randn(rows, 8, dtype=dtype, requires_grad=True)
-    weight, targets = torch.randn(200, 8, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
+    weight, targets = torch.randn(4000, 8, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
     _, peak = memory_of(lambda: cross_entropy_sum(hidden, weight, targets))
     assert peak - hidden.nbytes == pytest.approx(loss_memory(text, rows, SIZES[dtype]), rel=0.02)
+
+
+@pytest.mark.parametrize("rows", [4096, 8192, 65536, 4097])
+def test_the_full_vocabularys_logits_do_not_grow(rows):
+    """In bfloat16 less than 1.3 GB, however many targets there are."""
+    assert loss_memory(EIGHT_BILLION.text, rows, 2) <= 6 * CHUNK_ROWS * 151_936 < 1.3e9
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

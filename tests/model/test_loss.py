@@ -36,6 +36,21 @@ def test_right_where_the_target_has_the_largest_logit():
     assert right.tolist() == [True, True, False, True, False]
 
 
+def test_equal_logits_are_no_mistake():
+    """bfloat16 rounds neighbours to the same value; which of them argmax names is chance."""
+    head = torch.eye(4)
+    right = cross_entropy((head[:1] + head[2:3]).expand(3, -1), head, torch.tensor([0, 1, 2])).right
+    assert right.tolist() == [True, False, True]
+
+
+def test_logits_far_from_zero_are_no_overflow():
+    """Their exponentials are taken below the largest."""
+    hidden = torch.tensor([[1e4, -1e4]], requires_grad=True)
+    loss = cross_entropy_sum(hidden, torch.eye(2), torch.tensor([1]))
+    loss.backward()
+    assert loss.item() == 2e4 and hidden.grad.tolist() == [[1, -1]]
+
+
 def test_frozen_head_gets_no_gradient_and_no_buffer():
     hidden = torch.randn(5, 8, requires_grad=True)
     head = torch.randn(23, 8)

@@ -1,4 +1,7 @@
-"""The hybrid packed and unpacked, frozen and not, tied and not."""
+"""The hybrid packed and unpacked, frozen and not, tied and not; at few rows and at none."""
+
+from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -7,6 +10,8 @@ from tests.packing import make_sample, pack
 from tests.tiny import hybrid
 from vlm.batch import Batch
 from vlm.loss import cross_entropy_sum
+from vlm.model import packed_attention
+from vlm.recompute import Policy
 
 SAMPLES = [(9, []), (5, [(1, 4, 4)]), (12, [(1, 10, 18), (1, 6, 14)]), (30, []), (2, [(1, 2, 2)])]
 IMAGE, START, END = 4012, 4009, 4010
@@ -98,3 +103,44 @@ def test_frozen_tower_runs_without_a_graph_and_same_numbers(samples):
     for ours, theirs in zip(model.visual.merger.parameters(), expected, strict=True):
         torch.testing.assert_close(ours.grad, theirs)
     assert all(p.grad is None for n, p in model.named_parameters() if ".merger." not in n)
+
+
+@pytest.mark.parametrize("policy", get_args(Policy))
+def test_rows_asked_for_are_those_of_all_rows_in_value_and_gradient(samples, policy):
+    """Rows that are not asked for end at the last layer's attention, and nothing else changes."""
+    model = hybrid()
+    model.set_recompute(policy, policy)
+    whole = pack(samples, model.config, IMAGE)
+    few = whole.target_rows[3::4]
+    batch = replace(whole, target_rows=few, targets=whole.targets[3::4])
+    attend = packed_attention(batch.segments)
+    decoder, seen = model.language_model, []
+    hook = decoder.layers[-1].mlp.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
+    everything = decoder.norm(decoder(model.embed(batch), batch.position_ids, attend))[few]
+    ours = model(batch)
+    hook.remove()
+    assert seen == [len(batch.input_ids), len(few)]
+    torch.testing.assert_close(ours, everything, atol=1e-5, rtol=1e-5)
+    gradients = []
+    for hidden in (everything, ours):
+        model.zero_grad()
+        cross_entropy_sum(hidden, model.head_weight, batch.targets).backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(gradients[1][name], expected, atol=2e-5 * scale, rtol=1e-3)
+
+
+@pytest.mark.parametrize("policy", get_args(Policy))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_batch_without_targets_has_all_gradients_and_all_are_zero(samples, policy, dtype):
+    """Ranks agree on which gradients exist, also where one of them learns nothing."""
+    model = hybrid().to(dtype)
+    model.set_recompute(policy, policy)
+    whole = pack(samples, model.config, IMAGE)
+    batch = replace(whole, target_rows=whole.target_rows[:0], targets=whole.targets[:0])
+    loss = loss_of(model, batch)
+    loss.backward()
+    assert loss.item() == 0
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name

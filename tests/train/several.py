@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 
 import train.sft
-from tests.train.reads import Reads
+from bench.reads import Reads
 from train.command_line import parse
 from train.world import World
 

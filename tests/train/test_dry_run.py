@@ -1,16 +1,12 @@
 """A dry run shows what the run would be, and trains nothing."""
 
 import re
+from pathlib import Path
 
 import pytest
 
-from tests.train.runs import (
-    command,
-    launch,
-    run_plain,
-    same,
-    weights_of,
-)
+from tests.train.runs import command, launch, run_plain, same, weights_of, write_setting
+from train.config import UsageError
 from train.dry_run import marked
 from vlm.cost import PARTS
 from vlm.data.collate import collate
@@ -37,7 +33,7 @@ def test_it_shows_plan_cost_memory_and_a_sample(setting, tmp_path, capsys):
     assert learnt and learnt[0].startswith("> answer answer")
     assert "  <|im_start|>user" in first.splitlines()
     assert "nothing was trained" in text.splitlines()[-1]
-    assert not list(run.iterdir())
+    assert not run.exists()
 
 
 def test_the_run_itself_may_follow_in_the_same_directory(setting, plain_run, tmp_path):
@@ -83,3 +79,35 @@ def test_marks_are_where_targets_are(setting):
     assert learnt == processor.tokenizer.decode(ids, skip_special_tokens=False)
     merged = [t * h * w // 4 for t, h, w in examples[0].grid_thw]
     assert [int(n) for n in re.findall(r"<\|image_pad\|> x (\d+)", text)] == merged
+
+
+def test_it_changes_nothing_beside_a_run(tmp_path, capsys):
+    """What a run clears away, writes and puts aside at its start is told, or left for it."""
+    setting = write_setting(tmp_path / "setting")
+    run = run_plain(setting, tmp_path / "run", save_steps=3)
+    (run / "checkpoint-6" / "trainer.json").unlink()
+    (run / "checkpoint-9.partial").mkdir()
+    (run / "log.jsonl").open("a").write('{"event": "train", "step": 9}\n{"torn')
+    (run / "ledger.jsonl").write_text('{"torn')
+    source = Path(setting["dataset"][0])
+    source.with_name("more.jsonl").write_text('{"messages": 1}\n')
+    before = contents(run)
+    data = [str(source.with_name("more.jsonl")), *setting["dataset"]]
+    options = {"dry_run": True, "max_bad_fraction": 0.5}
+    with pytest.raises(UsageError, match="the data differs"):
+        run_plain(setting | {"dataset": data}, run, **options)
+    run_plain(setting, run, **options)
+    told = "checkpoint-6 cannot be resumed (trainer.json is missing); the run goes on from checkp"
+    assert told in capsys.readouterr().out
+    assert contents(run) == before
+
+
+def contents(folder: Path) -> dict[Path, object]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def test_a_directory_that_cannot_be_made(setting, tmp_path):
+    (tmp_path / "file").touch()
+    for place in ("file", "file/run"):
+        with pytest.raises(UsageError, match="cannot be written"):
+            run_plain(setting, tmp_path / place, dry_run=True)

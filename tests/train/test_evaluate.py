@@ -23,9 +23,10 @@ from tests.train.runs import (
     same,
     weights_of,
 )
+from train.answers import split_answer
 from train.config import TrainConfig, UsageError
 from train.data import TrainData, open_data
-from train.evaluate import BLANK, Evaluator, in_place_of, split_answer
+from train.evaluate import BLANK, Evaluator, in_place_of
 from train.state import Run
 from train.world import World
 from vlm.cost import PARTS
@@ -43,7 +44,7 @@ HALF = {"split_dataset_ratio": 0.5, "eval_steps": 2, "eval_answers": 4, "eval_ma
 """Eight of the sixteen ragged samples of `setting`."""
 COLOURS = ("one", "two", "three")
 LOOKING = {"max_steps": 40, "learning_rate": 3e-3, "lr_scheduler_type": "constant"}
-LOOKING |= {"max_grad_norm": 1.0, "global_batch_size": 12, "token_budget": 1024}
+LOOKING |= {"max_grad_norm": 1.0, "global_batch_size": 12, "token_budget": 1024, "eval_steps": 40}
 
 
 def opened(setting: dict, out: Path, **options) -> tuple[TrainData, Evaluator]:
@@ -303,9 +304,9 @@ def test_when_it_is_due(setting, tmp_path):
         return [step for step in range(7) if evaluator.due(step, last=step == 6)]
 
     assert steps() == steps(**HALF | {"eval_steps": 0}) == []
-    assert steps(**HALF | {"eval_steps": -1}) == [0, 6]
+    assert steps(**HALF | {"eval_steps": -1}) == [6]
     assert steps(**HALF | {"eval_steps": 4}) == [0, 4, 6]
-    assert steps(text_probe=setting["dataset"]) == [0, 6]
+    assert steps(text_probe=setting["dataset"]) == [6]
 
 
 def test_answers_hold_what_a_reader_needs(setting, evaluated_run):
@@ -362,7 +363,7 @@ def test_texts_alone_have_a_loss_and_no_look(setting, tmp_path):
 def test_stage_1_and_a_stream_are_evaluated(setting, tmp_path):
     """Text alone is left out of a step there, but not of the held-out samples."""
     options = {"freeze_vit": True, "freeze_llm": True, "streaming": True}
-    held_out = {"val_dataset": setting["dataset"], "eval_answers": 0}
+    held_out = {"val_dataset": setting["dataset"], "eval_answers": 0, "eval_steps": 100}
     run = run_plain(setting, tmp_path / "run", **options, **held_out)
     before, after = log_of(run, "eval")
     assert before["n"] == after["n"] == 16
@@ -375,8 +376,9 @@ def test_a_bad_held_out_sample_is_recorded_and_left_out(tmp_path):
     setting["dataset"] = [write_colours(tmp_path, "train", 12)]
     setting["val_dataset"] = [write_colours(tmp_path, "held", 6)]
     damage(tmp_path / "held-4.png")
-    run = run_plain(setting, tmp_path / "run", max_bad_fraction=0.5, max_steps=1)
-    assert [line["n"] for line in log_of(run, "eval")] == [5, 5]
+    run = run_plain(setting, tmp_path / "run", max_bad_fraction=0, max_steps=1)
+    run_plain(setting, run, max_bad_fraction=0, max_steps=2)  # and keeps no run from going on
+    assert [(line["step"], line["n"]) for line in log_of(run, "eval")] == [(1, 5), (2, 5)]
     (entry,) = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
     assert entry["id"].endswith("held.jsonl:5") and "damaged" in entry["reason"]
     assert len(answers_of(run)) == 10

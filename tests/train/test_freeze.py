@@ -1,13 +1,20 @@
 """What trains: groups by name, and frozen tensors that a stage leaves as they were."""
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from tests.tiny import hybrid
+from tests.model.test_cost import SMALL, addmm_flops, example, expected, on_meta
+from tests.tiny import hybrid, hybrid_config
 from tests.train.runs import OPTIONS, run_plain, weights_of
 from train.config import TrainConfig, UsageError
 from train.freeze import banner, freeze, trained_parts
 from vlm.checkpoint import load_model
 from vlm.cost import any_trains
+from vlm.data.collate import collate
+from vlm.hf_config import parse_config
+from vlm.loss import cross_entropy_sum
+from vlm.model import VisionLanguageModel
 
 STAGE_1 = {"freeze_vit": True, "freeze_llm": True}
 
@@ -191,3 +198,25 @@ def test_frozen_tensors_are_bit_identical_after_training(setting, tmp_path, opti
     after = weights_of(run_plain(setting, tmp_path / "run", **options, **one), OPTIONS["max_steps"])
     for name, tensor in before.state_dict().items():
         assert (tensor != after[name]).any() == (name in trained), name
+
+
+def test_stage_1_computes_no_gradient_of_a_frozen_weight_and_none_in_the_vit():
+    """Its FLOPs, as torch counts them, are the cost model's: of packed samples, with image and
+    without."""
+    model_config = parse_config(hybrid_config())
+    with torch.device("meta"):
+        model = VisionLanguageModel(model_config)
+    freeze(model, config(**STAGE_1))
+    samples = [SMALL, (50, [], 7), (90, [(1, 16, 16)], 40)]
+    batch = on_meta(collate([example(model_config, sizes) for sizes in samples], model_config))
+    in_place = {torch.ops.aten.addmm_: addmm_flops}
+    outputs = []
+    model.visual.blocks[-1].register_forward_hook(lambda *args: outputs.append(args[-1]))
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        hidden = model(batch)
+        cross_entropy_sum(hidden, model.head_weight, batch.targets).backward()
+    trained = [name for name, p in model.named_parameters() if p.grad is not None]
+    assert trained == [name for name, _ in model.named_parameters() if ".merger." in name]
+    assert not outputs[0].requires_grad
+    costs = [expected(model_config, sizes, trained) for sizes in samples]
+    assert counter.get_total_flops() == sum(costs)

@@ -21,8 +21,9 @@ from tests.train.runs import (
 )
 from train.config import TrainConfig
 from train.engine import Stepped
-from train.metrics import Log, Window, imbalance, read_log
+from train.metrics import Log, read_log
 from train.optim import learning_rate_scale
+from train.window import Window, imbalance
 from train.world import World
 from vlm.checkpoint import load_model
 from vlm.cost import PARTS, sample_flops
@@ -49,8 +50,10 @@ def test_a_log_line_sums_its_steps(setting, plain_run, tmp_path):
     assert [line["epoch"] for line in lines] == [0, 1]
     assert [line["samples"] for line in lines] == [16, 16]
     for line, part in zip(lines, (steps[:3], steps[3:]), strict=True):
-        assert line["loss"] == pytest.approx(sum(step["loss"] for step in part) / 3)
         assert line["targets"] == sum(step["targets"] for step in part)
+        losses = sum(step["loss"] * step["targets"] for step in part)
+        assert line["loss"] == pytest.approx(losses / line["targets"])
+        assert line["loss"] == pytest.approx(line["loss_by_source"]["data"])
         assert line["tokens"] == sum(step["tokens"] for step in part)
         assert line["grad_norm"] == part[-1]["grad_norm"] and line["lr"] == part[-1]["lr"]
 
@@ -112,8 +115,20 @@ def figures_of_a_step() -> dict:
     window = Window(["data"], World.start())
     with window.forward():
         pass
-    window.add(1.0, Stepped([3.0, 2.0], 1.0, {}), [3, 5, 1, 1e9], [3])
+    window.add(Stepped([3.0, 2.0], 1.0, {}), [3, 5, 1, 1e9], [3])
     return window.figures(NO_ENGINE)
+
+
+def test_steps_that_saw_no_target_have_no_loss():
+    """In stage 1 those of texts alone, which are left out; a mean with zeros would be a lie."""
+    unseen, window = Stepped([0.0, 0.0], 0.0, {}), Window(["data"], World.start())
+    with window.forward():
+        pass
+    window.add(unseen, [3, 0, 0, 0], [0])
+    assert not {"loss", "token_accuracy"} & set(window.figures(NO_ENGINE))
+    window.add(Stepped([3.0, 2.0], 1.0, {}), [5, 5, 1, 1e9], [2])
+    assert (figures := window.figures(NO_ENGINE))["loss"] == 1.5
+    assert figures["token_accuracy"] == 1 and figures["targets"] == 8
 
 
 def test_a_resumed_log_forgets_what_is_done_again(tmp_path):
@@ -201,7 +216,7 @@ def test_waits_and_rates_share_the_time(monkeypatch):
             now[0] += seconds
     with window.forward():
         now[0] += 4
-    window.add(1.0, Stepped([3.0, 2.0], 1.0, {}), [3, 50, 10, 2e13], [3])
+    window.add(Stepped([3.0, 2.0], 1.0, {}), [3, 50, 10, 2e13], [3])
     figures = window.figures(NO_ENGINE)
     waits = [figures[name] for name in ("data_wait", "rank_wait", "save_wait")]
     assert figures["seconds"] == 10 and waits == [0.2, 0.1, 0.3]

@@ -146,14 +146,17 @@ def test_fragments_cut_anywhere_are_read_back(setting, plain_run, tmp_path):
 
 
 def test_a_missing_fragment_is_named(setting, tmp_path):
+    """Before anything is written."""
     run = run_until(setting, tmp_path / "run", 3, save_steps=3)
     file = run / "checkpoint-3" / "engine" / "rank-00000.safetensors"
     state = load_file(file)
     del state["lm_head.weight|exp_avg|0"]
     save_file(state, file)
     edited(run / "checkpoint-3")
+    kept = [(run / name).read_bytes() for name in ("config.yaml", "log.jsonl")]
     with pytest.raises(UsageError, match=r"holds 0 of 196608 values of lm_head.weight \(exp_avg\)"):
-        run_plain(setting, run)
+        run_plain(setting, run, logging_steps=2)
+    assert kept == [(run / name).read_bytes() for name in ("config.yaml", "log.jsonl")]
 
 
 def test_what_a_checkpoint_holds(setting, tmp_path):

@@ -80,11 +80,15 @@ def test_what_a_kill_left_is_cleared(setting, run):
 
 
 def test_one_checkpoint_is_kept_and_resumed(setting, plain_run, tmp_path):
-    """The one that a run was resumed from is gone when its files are needed again."""
+    """The one that a run was resumed from is gone when its files are needed again; what the user
+    has put there stays."""
     options = {"save_steps": 1, "save_total_limit": 1}
     run = run_until(setting, tmp_path / "run", 2, **options)
+    kept = ["checkpoint-1-copy", "checkpoint-1-copy.partial"]
+    for name in kept:
+        shutil.copytree(run / "checkpoint-2", run / name)
     run_plain(setting, run, **options)
-    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == [*kept, "checkpoint-6"]
     assert (run / "checkpoint-6/model/tokenizer.json").exists()
     assert same(weights_of(run, 6), weights_of(plain_run, 6))
 

@@ -1,9 +1,11 @@
 """A disk that is too small, or runs full while a checkpoint is written: one sentence, and the
 checkpoint before it goes on exactly."""
 
+import os
 import resource
 import shutil
 import subprocess
+from errno import EDQUOT, EFBIG
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ import pytest
 import train.snapshot
 from tests.train.runs import command, launch, run_plain, run_ranks, same, weights_of
 from train.config import UsageError
-from train.state import SaveError
+from train.metrics import Log
+from train.state import RunError
 
 MEGABYTES = 60
 CHECKPOINT = 13
@@ -50,7 +53,7 @@ def test_no_room_for_one_checkpoint(setting, disk):
     fill(disk, left=CHECKPOINT - 2)
     with pytest.raises(UsageError, match=r"a checkpoint takes 0.013 GB and 0.011 GB are free on"):
         run_plain(setting, disk / "run")
-    assert not list(disk.glob("run/checkpoint-*"))
+    assert [path.name for path in disk.glob("run/*")] == [".lock"]  # nothing has begun
 
 
 def test_no_room_for_another_one(setting, plain_run, disk):
@@ -116,7 +119,7 @@ def test_a_write_breaks_off(setting, plain_run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train.snapshot, "write_tensors", limited)
     try:
-        with pytest.raises(SaveError, match="checkpoint-4 could not be written: File too large"):
+        with pytest.raises(RunError, match="checkpoint-4 could not be written: File too large"):
             run_plain(setting, run, save_steps=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -124,6 +127,24 @@ def test_a_write_breaks_off(setting, plain_run, tmp_path, monkeypatch):
     monkeypatch.undo()
     run_plain(setting, run, save_steps=2)
     assert same(weights_of(run, 6), weights_of(plain_run, 6))
+
+
+@pytest.mark.parametrize(
+    ("event", "number", "resumes"),
+    [("start", EDQUOT, "the start"), ("train", EFBIG, "checkpoint-2")],
+)
+def test_a_quota_is_met_by_the_log(setting, tmp_path, monkeypatch, event, number, resumes):
+    honest = Log.write
+
+    def limited(log: Log, name: str, step: int, **values) -> None:
+        if name == event and step in (0, 4):
+            raise OSError(number, os.strerror(number))
+        honest(log, name, step, **values)
+
+    monkeypatch.setattr(Log, "write", limited)
+    told = f"run: {os.strerror(number)}; the same command goes on from {resumes}$"
+    with pytest.raises(RunError, match=told):
+        run_plain(setting, tmp_path / "run", save_steps=2)
 
 
 LIMITED = """

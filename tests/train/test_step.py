@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.train.runs import OPTIONS, damage, log_of, run_plain, weights_of, write_setting
+from train.config import TrainConfig
 from vlm.checkpoint import load_model
 from vlm.data.collate import collate
 from vlm.data.formats import parse_line
@@ -144,8 +145,8 @@ def _poison(model, *_args):
         model.language_model.norm.weight[0] = float("nan")
 
 
-def test_steps_that_are_not_finite_are_refused_and_named(setting, tmp_path, monkeypatch):
-    """Three in a row end the run; the weights are as they were."""
+def test_steps_that_are_not_finite_are_refused_and_named(setting, tmp_path, monkeypatch, capsys):
+    """Three in a row end the run, with one sentence."""
     import train.sft
 
     honest = train.sft.start_engine
@@ -155,8 +156,11 @@ def test_steps_that_are_not_finite_are_refused_and_named(setting, tmp_path, monk
         return honest(model, *args)
 
     monkeypatch.setattr(train.sft, "start_engine", poisoned)
-    with pytest.raises(RuntimeError, match="3 steps refused in a row"):
-        run_plain(setting, tmp_path / "run")
+    config = TrainConfig(**setting, output_dir=tmp_path / "run", **OPTIONS)
+    monkeypatch.setattr(train.sft, "parse", lambda: config)
+    assert train.sft.main() == 1
+    log = tmp_path / "run" / "log.jsonl"
+    assert capsys.readouterr().err == f"error: 3 steps refused in a row; see {log}\n"
     lines = log_of(tmp_path / "run")
     assert [line["event"] for line in lines] == ["refused"] * 3
     assert all(len(line["samples"]) == 6 for line in lines[:2])

@@ -8,7 +8,7 @@ import torch
 
 import train.engine
 import train.sft
-from tests.train.reads import Reads
+from bench.reads import Reads
 from tests.train.runs import run_plain
 
 STEPS = 6

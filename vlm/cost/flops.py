@@ -19,8 +19,9 @@ from vlm.model import VisionLanguageModel
 
 CONVENTION = (
     "useful FLOPs: two per multiply-add of a matrix product; no recompute, no padding, no "
-    "pointwise operation; causal attention counts the pairs that exist; a frozen weight counts "
-    "its forward, and its input gradient where something below it trains"
+    "pointwise operation; causal attention counts the pairs that exist; what follows it in the "
+    "last layer, and the head, count the target tokens alone; a frozen weight counts its forward, "
+    "and its input gradient where something below it trains"
 )
 
 Count = int | np.ndarray
@@ -128,7 +129,7 @@ def text_flops(
     pairs = length * (length + 1) // 2
     per_pair = 2 * text.num_attention_heads * text.head_dim
     return {
-        "decoder linear": passes.linear * length,
+        "decoder linear": passes.linear * length + passes.last * targets,
         "causal attention": passes.attention * per_pair * pairs,
         "head": passes.head * 2 * text.hidden_size * text.vocab_size * targets,
     }

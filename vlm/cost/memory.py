@@ -21,7 +21,7 @@ from vlm.config import TextConfig, VisionConfig, VLMConfig
 from vlm.cost.flops import Count
 from vlm.cost.passes import DECODER, TOWER
 from vlm.cost.trained import any_trains
-from vlm.loss import CHUNK_ROWS
+from vlm.loss import even_rows
 from vlm.recompute import Policies, Policy
 
 FLOAT32 = 4
@@ -39,22 +39,36 @@ class Load:
     patches: Count
 
 
-def training_state(parameters: int, trained: int, gpus: int, size: int) -> dict[str, int]:
+def training_state(
+    parameters: int,
+    trained: int,
+    gpus: int,
+    size: int,
+    stage: int | None = None,
+    offloads: bool = False,
+) -> dict[str, int]:
     """Bytes per GPU of weights, gradients and AdamW, as `train/engine.py` keeps them.
 
-    Several GPUs: ZeRO-2 (arXiv:1910.02054), where everything float32 is spread over the GPUs:
-    in bfloat16 2P + 16P/N. One GPU: the plain engine, whose float32 weights are their own masters.
+    ZeRO-2 (arXiv:1910.02054) spreads everything float32 over the GPUs: in bfloat16 2P + 16P/N.
+    The plain engine's float32 weights are their own masters.
+
+    Args:
+        stage: of ZeRO; 0: the plain engine; None: 2 on several GPUs, 0 on one.
+        offloads: what is float32 lies in the host's memory.
     """
+    stage = (2 if gpus > 1 else 0) if stage is None else stage
     share = -(-trained // gpus)
     state = {
         "weights": size * parameters,
         "master weights": FLOAT32 * share,
         "AdamW moments": 2 * FLOAT32 * share,
-        "gradients": FLOAT32 * share,
+        "gradients": FLOAT32 * (trained if stage == 1 else share),
     }
-    if gpus == 1:
+    if not stage:
         state["master weights"] *= size != FLOAT32
         return state
+    if offloads:
+        state |= dict.fromkeys(("master weights", "AdamW moments", "gradients"), 0)
     # the bucket, its flattened copy, and a float32 copy of that where it is not float32
     copies = size + (FLOAT32 if size != FLOAT32 else 0)
     return state | {"reduction bucket": size * BUCKET + copies * min(trained, BUCKET)}
@@ -77,7 +91,7 @@ def saved_activations(
         "merger": _merger(vision, patches, tower, merger, recompute[0], size)
         # its output, where it goes into the decoder's rows
         + size * (load.patches // vision.merge_unit) * text.hidden_size * (tower or merger),
-        "decoder": _decoder(text, load.tokens, trains, recompute[1], size),
+        "decoder": _decoder(text, load, trains, recompute[1], size),
         "final norm and gradients of the head": _head(text, load.targets, trains, size),
     }
 
@@ -87,57 +101,63 @@ def peak_activations(
 ) -> dict[str, int]:
     """`saved_activations`, and the most that comes on top of them at any time.
 
-    That is the largest of: the logits of a chunk; the loss's gradients while they are scaled;
-    the backward pass of the decoder's last layer, or of the tower's last block, by when what
-    was saved after it is gone.
+    That is the largest of: the logits of a chunk; the backward pass of the decoder's last layer,
+    or of the tower's last block, by when what was saved after it is gone.
     """
     text, vision = config.text, config.vision
     saved = saved_activations(config, load, trains, recompute, size)
     saved = {name: int(count) for name, count in saved.items()}
     head = saved["final norm and gradients of the head"]
-    moments = [
-        loss_memory(text, load.targets, size),
-        size * text.hidden_size * (load.targets + text.vocab_size * _head_trains(text, trains)),
-    ]
+    moments = [loss_memory(text, load.targets, size)]
     if saved["decoder"]:
-        trained = any_trains(f"{LAYERS}{text.num_hidden_layers - 1}.", trains)
-        layer = decoder_layer(text, load.tokens, trained, "none", size)
-        widths = text.hidden_size, text.intermediate_size
-        moments.append(_backward(layer, load.tokens, *widths, trained, recompute[1], size) - head)
+        moments += [m - head for m in _decoder_moments(text, load, trains, recompute[1], size)]
     if saved["vision tower"]:
         trained = any_trains(f"{BLOCKS}{vision.depth - 1}.", trains)
         block = vision_block(vision, load.patches, trained, "none", size)
         widths = vision.hidden_size, vision.intermediate_size
         gone = head + saved["decoder"] + saved["merger"]
-        moments.append(_backward(block, load.patches, *widths, trained, recompute[0], size) - gone)
+        moment = _feed_forward(load.patches, *widths, trained, recompute[0], size)
+        moment += _again(block, load.patches, widths[0], recompute[0], size)
+        moments.append(moment - gone)
     return saved | {"largest transient": max(moments)}
 
 
 def loss_memory(text: TextConfig, targets: int, size: int) -> int:
-    """Bytes that `vlm.loss` needs while it runs, beside the gradients that it returns.
-
-    A chunk's float32 logits and the temporary of their logsumexp; or a second chunk's, while the
-    first one's logits and their gradient still exist.
+    """Bytes that `vlm.loss` needs while it runs, beside its arguments and their gradients: a
+    chunk's float32 logits, and a copy where the head is not float32.
     """
-    first, second = min(targets, CHUNK_ROWS), min(max(targets - CHUNK_ROWS, 0), CHUNK_ROWS)
-    old, new = (FLOAT32, 2 * FLOAT32) if size == FLOAT32 else (FLOAT32 + size, FLOAT32 + size)
-    return text.vocab_size * max(2 * FLOAT32 * first, old * first + new * second)
+    copies = size if size != FLOAT32 else 0
+    return text.vocab_size * even_rows(targets) * (FLOAT32 + copies)
 
 
-def decoder_layer(text: TextConfig, rows: Count, trained: bool, policy: Policy, size: int) -> Count:
-    """Bytes that one decoder layer saves: with weights that are frozen, no product's input."""
+def decoder_layer(
+    text: TextConfig,
+    rows: Count,
+    trained: bool,
+    policy: Policy,
+    size: int,
+    targets: Count | None = None,
+) -> Count:
+    """Bytes that one decoder layer saves: with weights that are frozen, no product's input.
+
+    Args: targets: rows that go on after the last layer's attention; None of another layer.
+    """
     width, hidden = text.hidden_size, text.intermediate_size
     heads, shared = text.num_attention_heads, text.num_key_value_heads
     if policy == "full":
         return size * rows * width
-    # q, k, v and the output (the input of o_proj), and the log-sums
+    # q, k, v and the output, which is the input of o_proj, and the log-sums
     saved = rows * (size * text.head_dim * 2 * (heads + shared) + FLOAT32 * heads)
+    if targets is None:
+        targets = rows
+    else:
+        saved += size * targets * heads * text.head_dim * trained  # the input of o_proj, a copy
     if policy == "pointwise":
-        return saved + _products(rows, width, hidden, size)
+        return saved + _products(rows, targets, width, hidden, size)
     if text.qk_norm:
         saved += _norm(rows * (heads + shared), text.head_dim, trained, size)
-    saved += 2 * _norm(rows, width, trained, size) + size * rows * width * trained
-    return saved + _swiglu(rows, width, hidden, trained, size)
+    saved += _norm(rows + targets, width, trained, size) + size * rows * width * trained
+    return saved + _swiglu(targets, width, hidden, trained, size)
 
 
 def vision_block(
@@ -150,25 +170,28 @@ def vision_block(
     # q, k and v in one, and the output
     saved = rows * (size * 4 * width + FLOAT32 * vision.num_heads)
     if policy == "pointwise":
-        return saved + _products(rows, width, hidden, size)
+        return saved + _products(rows, rows, width, hidden, size)
     saved += size * rows * 2 * width  # turned q and k; v, a view, keeps those before the turn alive
     saved += 2 * _norm(rows, width, trained, size) + size * rows * width * trained
     return saved + _swiglu(rows, width, hidden, trained, size)
 
 
-def _products(rows: Count, width: int, hidden: int, size: int) -> Count:
-    """What `pointwise` keeps beside attention: a block's input, its sum with attention's output,
-    gate and up."""
-    return size * rows * 2 * (width + hidden)
+def _products(rows: Count, after: Count, width: int, hidden: int, size: int) -> Count:
+    """What `pointwise` keeps beside attention: a block's input; and of the rows after attention
+    their sum with its output, gate and up."""
+    return size * (rows * width + after * (width + 2 * hidden))
 
 
 def _decoder(
-    text: TextConfig, rows: Count, trains: Collection[str], policy: Policy, size: int
+    text: TextConfig, load: Load, trains: Collection[str], policy: Policy, size: int
 ) -> Count:
-    below = "vit" in trains or "aligner" in trains or any_trains(f"{DECODER}embed_tokens.", trains)
-    trained, frozen = _in_graph(LAYERS, text.num_hidden_layers, below, trains)
+    trained, frozen = _layers_in_graph(text, trains)
+    rows, last = load.tokens, _last_trains(text, trains)
     saved = trained * decoder_layer(text, rows, True, policy, size)
     saved += frozen * decoder_layer(text, rows, False, policy, size)
+    if trained + frozen:
+        saved += decoder_layer(text, rows, last, policy, size, load.targets)
+        saved -= decoder_layer(text, rows, last, policy, size)
     tables = text.head_dim * (2 if text.mrope_section else 1)  # cosines and sines
     return saved + size * rows * tables * (trained + frozen > 0)
 
@@ -182,6 +205,11 @@ def _tower(
     saved += frozen * vision_block(vision, rows, False, policy, size)
     saved += size * rows * vision.patch_dim * embedding
     return saved + FLOAT32 * rows * vision.head_dim * (trained + frozen > 0)  # and the tables
+
+
+def _layers_in_graph(text: TextConfig, trains: Collection[str]) -> tuple[int, int]:
+    below = "vit" in trains or "aligner" in trains or any_trains(f"{DECODER}embed_tokens.", trains)
+    return _in_graph(LAYERS, text.num_hidden_layers, below, trains)
 
 
 def _in_graph(prefix: str, count: int, below: bool, trains: Collection[str]) -> tuple[int, int]:
@@ -217,6 +245,10 @@ def _head(text: TextConfig, rows: Count, trains: Collection[str], size: int) -> 
     return saved + _norm(rows, width, norm, size) + size * rows * width
 
 
+def _last_trains(text: TextConfig, trains: Collection[str]) -> bool:
+    return any_trains(f"{LAYERS}{text.num_hidden_layers - 1}.", trains)
+
+
 def _head_trains(text: TextConfig, trains: Collection[str]) -> bool:
     return any_trains(f"{DECODER}embed_tokens." if text.tie_word_embeddings else "lm_head.", trains)
 
@@ -231,19 +263,49 @@ def _swiglu(rows: Count, width: int, hidden: int, trained: bool, size: int) -> C
     return size * rows * (3 * hidden + (width + hidden) * trained)
 
 
-def _backward(
-    block: int, rows: int, width: int, hidden: int, trained: bool, policy: Policy, size: int
-) -> int:
-    """What a block's backward pass adds at most, in its feed-forward layer: the gradients of its
-    output, of silu(gate) * up and of both factors.
+def _decoder_moments(
+    text: TextConfig, load: Load, trains: Collection[str], policy: Policy, size: int
+) -> list[int]:
+    """What the backward pass adds to what was saved, less what is gone by then: in the last layer's
+    feed-forward layer and its attention, and in the feed-forward layer of the one before."""
+    width, hidden, rows = text.hidden_size, text.intermediate_size, load.tokens
+    heads, shared = text.num_attention_heads, text.num_key_value_heads
+    trained = _last_trains(text, trains)
 
-    Args: block: what it saves under `none`.
-    """
+    def last(policy: Policy, targets: int) -> int:
+        return decoder_layer(text, rows, trained, policy, size, targets)
+
+    after = _feed_forward(load.targets, width, hidden, trained, policy, size)
+    after += _again(last("none", load.targets), rows, width, policy, size)
+    # gradients of the residual, of attention's output, and of queries, keys and values
+    attention = size * rows * (width + text.head_dim * 2 * (heads + shared))
+    attention += _again(last("none", 0), rows, width, policy, size)
+    attention -= last(policy, load.targets) - last(policy, 0)
+    moments = [after, attention]
+    index = text.num_hidden_layers - 2
+    if index >= 0 and sum(_layers_in_graph(text, trains)) > 1:
+        trained_too = any_trains(f"{LAYERS}{index}.", trains)
+        before = _feed_forward(rows, width, hidden, trained_too, policy, size)
+        block = decoder_layer(text, rows, trained_too, "none", size)
+        before += _again(block, rows, width, policy, size)
+        moments.append(before - last(policy, load.targets))
+    return moments
+
+
+def _feed_forward(
+    rows: int, width: int, hidden: int, trained: bool, policy: Policy, size: int
+) -> int:
+    """Gradients in a feed-forward layer at their most: of its output, of silu(gate) * up and of
+    both factors."""
     gradients = size * rows * (width + 3 * hidden)
     if policy == "pointwise":
         return gradients + size * rows * hidden  # silu(gate), computed again
-    gradients -= size * rows * hidden * trained  # a trained down_proj gives up its input
-    if policy == "none":
-        return gradients
+    return gradients - size * rows * hidden * trained  # a trained down_proj gives up its input
+
+
+def _again(block: int, rows: int, width: int, policy: Policy, size: int) -> int:
+    """What `full` computes again of a block that saves `block` under `none`."""
+    if policy != "full":
+        return 0
     # in float32 the input that was kept is also the first norm's copy
-    return gradients + block - (size * rows * width if size == FLOAT32 else 0)
+    return block - (size * rows * width if size == FLOAT32 else 0)

@@ -18,6 +18,8 @@ DECODER, TOWER = "model.language_model.", "model.visual."
 class TextPasses(NamedTuple):
     linear: int
     """FLOPs per token of the layers' products, each times its passes."""
+    last: int
+    """The same per target token of what follows the last layer's attention."""
     attention: int
     """Products of causal attention, summed over layers: two forward, up to four backward."""
     head: int
@@ -49,18 +51,19 @@ def text_passes(text: TextConfig, trains: frozenset[str]) -> TextPasses:
     after_attention = [{"self_attn.o_proj": heads * d}, *_feed_forward(d, text.intermediate_size)]
     below = "vit" in trains or "aligner" in trains
     below = below or any_trains(f"{DECODER}embed_tokens.", trains)
-    linear = attention = 0
+    linear = attention = last = 0
     for index in range(text.num_hidden_layers):
+        linear += last  # of the layer before
         prefix = f"{DECODER}layers.{index}."
         first, inside = _walk([queries], prefix, below, trains)
         q, k, v = (below or any_trains(f"{prefix}{name}.weight", trains) for name in queries)
         attention += 2 + v + (q or k) + q + k  # gradients of values, of scores, of queries, of keys
-        second, _ = _walk(after_attention, prefix, inside, trains)
-        linear += first + second
+        last, _ = _walk(after_attention, prefix, inside, trains)
+        linear += first
         below = below or any_trains(prefix, trains)
     below = below or any_trains(f"{DECODER}norm.", trains)
     head = f"{DECODER}embed_tokens." if text.tie_word_embeddings else "lm_head."
-    return TextPasses(linear, attention, 1 + any_trains(head, trains) + below)
+    return TextPasses(linear, last, attention, 1 + any_trains(head, trains) + below)
 
 
 @lru_cache

@@ -1,11 +1,13 @@
 """Examples -> Batch: everything the model needs, computed in the worker."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from vlm.batch import Batch, Segments
+from vlm.batch import Batch, Features, Segments, VisionPlan
 from vlm.config import VLMConfig
+from vlm.data.media import Grid
 from vlm.data.processor import IGNORED, Example
 from vlm.vision import plan_vision
 
@@ -39,6 +41,7 @@ def collate(
         side = config.vision.spatial_merge_size
         grids = [(1, side, side)]
         patches = torch.zeros(side**2, config.vision.patch_dim, dtype=torch.uint8)
+    features = _joined([example.features for example in examples if example.features])
     lengths = [example.length for example in examples]
     visual = (ids == config.image_token_id) | (ids == config.video_token_id)
     return Batch(
@@ -50,10 +53,28 @@ def collate(
         weights=weights,
         visual_rows=visual.nonzero().flatten(),
         patches=patches,
-        vision=plan_vision(grids, config.vision),
+        vision=_plan(grids, features, config),
         ids=names,
         sources=torch.tensor(sources).repeat_interleave(torch.tensor(lengths))[rows],
+        features=features,
     )
+
+
+def _joined(parts: Sequence[Features]) -> Features | None:
+    """None without any image or video."""
+    media = tuple(medium for part in parts for medium in part.media)
+    return Features(torch.cat([part.rows for part in parts]), media) if media else None
+
+
+def _plan(grids: Sequence[Grid], features: Features | None, config: VLMConfig) -> VisionPlan:
+    """Of the media that are computed, but for `reverse_index`."""
+    plan = plan_vision(grids, config.vision)
+    if features is None:
+        return plan
+    computed = [grid for grid, (_, key) in zip(grids, features.media, strict=True) if key]
+    if not computed:  # nothing walks through it
+        return plan
+    return replace(plan_vision(computed, config.vision), reverse_index=plan.reverse_index)
 
 
 def _blank(config: VLMConfig) -> Example:

@@ -16,8 +16,13 @@ class Entry:
     """`file:line`."""
     reason: str
     found: str
-    """`index` or, of a stream, `reading` (both from headers and text); or `decoding`."""
+    """`index` or, of a stream, `reading` (both from headers and text); `decoding`; or, of held-out
+    data, EVALUATION."""
     action: str = "skipped"
+
+
+EVALUATION = "evaluation"
+"""Where samples are found that are recorded but never end a run."""
 
 
 class Ledger:
@@ -45,16 +50,17 @@ class Ledger:
                 if line.endswith("\n"):  # a kill, or the first rank at work, leaves a torn end
                     entry = Entry(**json.loads(line))
                     self.written.add((entry.id, entry.reason))
-                    if entry.found != "index":
+                    if entry.found not in ("index", EVALUATION):
                         self.entries[entry.id] = entry
             if writes and lines and not lines[-1].endswith("\n"):
                 path.write_text("".join(lines[:-1]), encoding="utf-8")
 
     def record(self, entries: list[Entry]) -> None:
-        """Count the entries, and append those that are new."""
+        """Count the entries, but for held-out data's, and append those that are new."""
         found = {entry.id: entry for entry in entries}
-        self.first = self.first or next(iter(found.values()), None)
-        self.entries |= found
+        counted = {id: entry for id, entry in found.items() if entry.found != EVALUATION}
+        self.first = self.first or next(iter(counted.values()), None)
+        self.entries |= counted
         new = [e for e in found.values() if (e.id, e.reason) not in self.written]
         self.written |= {(entry.id, entry.reason) for entry in new}
         if new and self.writes:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
+from math import prod
 from multiprocessing import active_children
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlm.batch import Batch
 from vlm.data.collate import collate
+from vlm.data.features import FeatureCache
 from vlm.data.index import Index
 from vlm.data.ledger import Entry
 from vlm.data.pack import Budget
@@ -129,6 +131,7 @@ class StepDataset(Dataset):
     plan: Plan
     rank: int
     watch: Watch | None = None
+    features: FeatureCache | None = None
 
     @property
     def sources(self) -> list[str]:
@@ -157,8 +160,8 @@ class StepDataset(Dataset):
         return {"dataset": self, "sampler": _Positions(self.plan, start)}
 
     def costliest(self) -> Batch:
-        """The micro-batch that takes most memory (`Plan.costliest`)."""
-        return self._batch(self.plan.costliest(), [])
+        """The micro-batch that takes most memory (`Plan.costliest`), with nothing of it cached."""
+        return replace(self, features=None)._batch(self.plan.costliest(), [])
 
     def _after(self, position: Position) -> Position:
         size = self.plan.steps_per_epoch
@@ -174,7 +177,7 @@ class StepDataset(Dataset):
         if self.watch:
             self.watch.at(number)
         try:
-            example = self.processor.encode(self.index.sample(number))
+            example = self.processor.encode(self.index.sample(number), self.features)
             self._compare(example, number)
             return example
         except BadSample as error:
@@ -187,7 +190,7 @@ class StepDataset(Dataset):
     def _compare(self, example: Example, number: int) -> None:
         """BadSample where the index told other sizes: the plan's budgets rely on them."""
         learnt = int((example.targets != IGNORED).sum())
-        found = (example.length, learnt, len(example.patches))
+        found = (example.length, learnt, sum(map(prod, example.grid_thw)))
         columns = (self.index.length, self.index.targets, self.index.patches)
         told = tuple(int(column[number]) for column in columns)
         if found != told:

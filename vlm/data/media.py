@@ -5,10 +5,13 @@ Nothing here depends on text; `vlm/data/image.py` and `vlm/data/video.py` read t
 
 import re
 from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from vlm.batch import Features
 from vlm.config import VisionConfig
 from vlm.data.image import (
     BadImage,
@@ -30,6 +33,9 @@ from vlm.data.video import (
     seconds_per_grid,
     video_info,
 )
+
+if TYPE_CHECKING:
+    from vlm.data.features import FeatureCache
 
 TAGS = re.compile(f"{IMAGE_TAG}|{VIDEO_TAG}")
 Grid = tuple[int, int, int]
@@ -69,7 +75,9 @@ class MediaReader:
         except (BadImage, BadVideo) as error:
             raise BadSample(sample.id, str(error)) from None
 
-    def read(self, sample: Sample, exact: bool = False) -> tuple[list[Medium], Tensor]:
+    def read(
+        self, sample: Sample, exact: bool = False, cache: "FeatureCache | None" = None
+    ) -> tuple[list[Medium], Tensor, Features | None]:
         """The media, decoded: patches (P, patch_dim) uint8 of all in order of appearance.
 
         The media are those of `measure`, but for videos with frames that cannot be decoded: they
@@ -77,10 +85,21 @@ class MediaReader:
 
         Args:
             exact: a shorter video is bad, since a run is planned by what was measured.
+            cache: media that it knows are not decoded, but given as features.
         """
         media, patches = [], [torch.zeros(0, self.vision.patch_dim, dtype=torch.uint8)]
+        rows, told = [cache.none()] if cache else [], []
         for medium in self.measure(sample):
             try:
+                if cache:
+                    count = prod(medium.grid)
+                    key = cache.key(medium.source, (medium.grid, medium.frames))
+                    found = cache.get(key, count)
+                    told.append((count, key if found is None else None))
+                    if found is not None:
+                        media.append(medium)
+                        rows.append(found)
+                        continue
                 decoded, pixels = self._decode(medium)
             except (BadImage, BadVideo) as error:
                 raise BadSample(sample.id, str(error)) from None
@@ -91,7 +110,8 @@ class MediaReader:
                 )
             media.append(decoded)
             patches.append(patchify(pixels, self.vision))
-        return media, torch.cat(patches)
+        features = Features(torch.cat(rows), tuple(told)) if cache else None
+        return media, torch.cat(patches), features
 
     def _image(self, source: Media) -> Medium:
         size = self._target_size(*header_size(source), self.limits.image_pixels)

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from vlm.batch import Features
 from vlm.checkpoint import CheckpointError
 from vlm.config import VLMConfig
 from vlm.data.chat import DEFAULT_SYSTEM, Span, Think, render, render_prompt
@@ -19,6 +20,9 @@ from vlm.data.schema import IMAGE_TAG, VIDEO_TAG, BadSample, Sample
 from vlm.hf_config import read_config, read_json
 from vlm.model_files import MEDIA_TOKENS, check_settings, check_tokenizer
 from vlm.rope import mrope_positions
+
+if TYPE_CHECKING:
+    from vlm.data.features import FeatureCache
 
 IGNORED = -100
 Truncation = Literal["delete", "left", "right"]
@@ -38,11 +42,13 @@ class Example:
     position_ids: Tensor
     """(3, t) int64."""
     patches: Tensor
-    """(P, patch_dim) uint8."""
+    """(P, patch_dim) uint8, of the media that are not in `features`."""
     grid_thw: tuple[Grid, ...]
     """(time, height, width) in patches of each image and video, in order of appearance."""
     second_per_grid: tuple[float, ...] = ()
     """Seconds from one temporal patch to the next, one per video."""
+    features: Features | None = None
+    """Of media that a cache knows; None without one."""
 
     @property
     def length(self) -> int:
@@ -112,13 +118,16 @@ class Processor:
         stop_ids = _stop_ids(folder, tokenizer)
         return cls(config, tokenizer, stop_ids, limits, **options)
 
-    def encode(self, sample: Sample) -> Example:
+    def encode(self, sample: Sample, cache: "FeatureCache | None" = None) -> Example:
         """A training example, of the sizes that `measure` tells.
+
+        Args:
+            cache: of a frozen tower's output; media that it knows are not decoded.
 
         Raises:
             BadSample: nothing can be learnt from it, or a video holds less than its header tells.
         """
-        example = self._example(sample, self._training_spans, exact=True)
+        example = self._example(sample, self._training_spans, exact=True, cache=cache)
         if not (example.targets != IGNORED).any():
             raise BadSample(sample.id, "has nothing to learn")
         return example
@@ -151,9 +160,13 @@ class Processor:
         return render(sample, self.default_system, self.think)
 
     def _example(
-        self, sample: Sample, spans: Callable[[Sample], list[Span]], exact: bool = False
+        self,
+        sample: Sample,
+        spans: Callable[[Sample], list[Span]],
+        exact: bool = False,
+        cache: "FeatureCache | None" = None,
     ) -> Example:
-        media, patches = self.reader.read(sample, exact)
+        media, patches, features = self.reader.read(sample, exact, cache)
         ids, targets, weights = self._tokens(sample, spans, media)
         input_ids = torch.tensor(ids)
         uneven = any(w != 1.0 for w, target in zip(weights, targets, strict=True) if target >= 0)
@@ -168,6 +181,7 @@ class Processor:
             patches=patches,
             grid_thw=grids,
             second_per_grid=seconds,
+            features=features,
         )
 
     def _tokens(

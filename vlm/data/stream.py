@@ -21,6 +21,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from vlm.batch import Batch
+from vlm.data.features import FeatureCache
 from vlm.data.formats.context import RowContext
 from vlm.data.index import Index
 from vlm.data.index_cache import Measures
@@ -124,6 +125,7 @@ class StreamDataset:
     budget: Budget
     skips_text: bool = False
     watch: Watch | None = None
+    features: FeatureCache | None = None
 
     @property
     def sources(self) -> list[str]:
@@ -166,7 +168,9 @@ class StreamDataset:
                 if not len(window):
                     break
                 plan = self._plan(window, epoch, first)
-                dataset = StepDataset(window, self.processor, plan, self.rank)
+                dataset = StepDataset(
+                    window, self.processor, plan, self.rank, features=self.features
+                )
                 checksum = zlib.crc32(
                     "\n".join(s.id for s in window.samples).encode(errors="surrogatepass")
                 )

@@ -6,10 +6,11 @@ results whose shape depends on values. On a CPU nothing waits, but the same call
 
 import ast
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
+from unittest import mock
 
-import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,19 +31,21 @@ class Reads(TorchDispatchMode):
         super().__init__()
         self.micro_steps: list[str] = []
         self.steps: list[str] = []
-        self._patch = pytest.MonkeyPatch()
+        """Those while a micro-batch runs, and those of the engine's step."""
+        self._patches = ExitStack()
         tree = ast.parse(Path(train.sft.__file__).read_text())
         (loop,) = (n for n in ast.walk(tree) if isinstance(n, ast.For) and _over_micro_batches(n))
         self._loop = range(loop.body[0].lineno, loop.end_lineno + 1)
 
     def __enter__(self) -> "Reads":
         for name in METHODS:
-            self._patch.setattr(torch.Tensor, name, self._counted(getattr(torch.Tensor, name)))
+            counted = self._counted(getattr(torch.Tensor, name))
+            self._patches.enter_context(mock.patch.object(torch.Tensor, name, counted))
         return super().__enter__()
 
     def __exit__(self, *error) -> None:
         super().__exit__(*error)
-        self._patch.undo()
+        self._patches.close()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -1,0 +1,64 @@
+"""Micro-batches of given sizes, and the FLOPs that torch counts in them on the meta device.
+
+Nothing is computed there, so that the full-size model runs on any machine. torch counts every pair
+of a segment in attention, the masked ones too.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from vlm.batch import Batch
+from vlm.config import VLMConfig
+from vlm.cost.samples import Samples
+from vlm.data.collate import collate
+from vlm.data.processor import IGNORED, Example
+
+
+def micro_batch(config: VLMConfig, samples: Samples) -> Batch:
+    """One that packs all of the samples, on the CPU: blank images, and the last tokens learnt."""
+    examples = []
+    for number, (length, learnt) in enumerate(zip(samples.lengths, samples.targets, strict=True)):
+        grids = samples.grids[samples.owners == number]
+        patches = int(grids.prod(axis=1).sum())
+        ids = torch.zeros(length, dtype=torch.int64)
+        ids[: patches // config.vision.merge_unit] = config.image_token_id
+        targets = torch.full((length,), IGNORED)
+        targets[length - learnt :] = 1
+        positions = torch.arange(length).expand(3, -1)
+        pixels = torch.zeros(patches, config.vision.patch_dim, dtype=torch.uint8)
+        blank = (pixels, tuple(map(tuple, grids.tolist())))
+        examples.append(Example(str(number), ids, targets, None, positions, *blank))
+    return collate(examples, config)
+
+
+def on_meta(batch: Batch) -> Batch:
+    """The batch without values, yet with the grouping of its segments, which follows from them."""
+    moved = batch.to("meta")
+    pairs = [(batch.segments, moved.segments)]
+    pairs += [(getattr(batch.vision, n), getattr(moved.vision, n)) for n in ("windows", "frames")]
+    for real, empty in pairs:
+        groups, restore = real.by_length
+        groups = [(n, rows if rows is None else rows.to("meta")) for n, rows in groups]
+        restore = restore if restore is None else restore.to("meta")
+        empty.__dict__["by_length"] = groups, restore
+    return moved
+
+
+def count(loss: Callable[[], Tensor]) -> int:
+    """FLOPs of a forward pass and, where the loss has a graph, of its backward pass."""
+    in_place = {torch.ops.aten.addmm_: _addmm_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=in_place)
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        result = loss()
+        if result.requires_grad:
+            result.backward()
+    return counter.get_total_flops()
+
+
+def _addmm_flops(_sum, left, right, **_) -> int:
+    """Of the head's gradient, added up in place, for which torch has no formula."""
+    return 2 * left[0] * left[1] * right[1]
