@@ -48,7 +48,7 @@ def arguments(name: str, doc: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         type=Path,
-        help=f"the result; default: bench/results/{name}.json, and with --quick none",
+        help="the result; default: a file of bench/results, and with --quick none",
     )
     return parser
 
@@ -126,6 +126,14 @@ def versions(*packages: str) -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
+def result_path(name: str, options: argparse.Namespace) -> Path | None:
+    """Where the command line puts a result, in a folder that exists; None for nowhere."""
+    path = options.out or (None if options.quick else RESULTS / f"{name}.json")
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def write_result(
     name: str,
     options: argparse.Namespace,
@@ -149,10 +157,9 @@ def write_result(
         refuted_by: the experiment that would show the figure to be wrong.
         packages: distributions besides torch whose versions matter.
     """
-    path = options.out or (None if options.quick else RESULTS / f"{name}.json")
+    path = result_path(name, options)
     if path is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(
         path,
         {

@@ -44,8 +44,8 @@ SEED = 42
 RANKS = 8
 PER_RANK = 16
 """Samples of a rank in the step that a micro-batch is taken of."""
-COUNTED = 4
-"""Samples of that micro-batch that torch counts, which takes it half a minute each."""
+COUNTED = 2
+"""Samples of that micro-batch that torch counts; it takes many seconds for each."""
 
 
 def recorded(name: str) -> Samples:

@@ -8,12 +8,14 @@ GPU they run with the smallest sizes and write nothing (`--quick`), so that they
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.common import summary
 from bench.make_lengths import FOLDER, hybrid_8b
 from vlm.batch import Batch, Features, Segments
 from vlm.compile import compile_blocks
@@ -96,8 +98,22 @@ def compiled_twin(model: VisionLanguageModel) -> VisionLanguageModel:
     for name, parameter in model.named_parameters():
         owner, _, own = name.rpartition(".")
         setattr(twin.get_submodule(owner), own, parameter)
-    compile_blocks(twin, "inductor" if ON_GPU else "eager")
+    compile_blocks(twin, compiler())
     return twin
+
+
+@cache
+def compiler() -> str:
+    """What compiles blocks here: `inductor`; `eager`, which only traces them, on a CPU and where a
+    GPU's machine lacks what inductor needs."""
+    if not ON_GPU:
+        return "eager"
+    try:
+        torch.compile(torch.exp)(torch.ones(2, device=DEVICE))
+    except Exception as error:  # noqa: BLE001 - it may lack anything, Triton or a C compiler
+        print(f"blocks are not compiled, since inductor fails here: {error}")
+        return "eager"
+    return "inductor"
 
 
 # ---- samples and micro-batches
@@ -288,10 +304,15 @@ def flops_of(config: VLMConfig, sizes: Sequence[Size], trains: Sequence[str]) ->
     )
 
 
-def peak() -> float:
-    """TFLOP/s of the device in bfloat16; of one whose peak is not known, not a number."""
-    known = peak_tflops(torch.cuda.get_device_name(), "bfloat16") if ON_GPU else None
-    return known or float("nan")
+def peak() -> float | None:
+    """TFLOP/s of the device in bfloat16; None where it is not known."""
+    return peak_tflops(torch.cuda.get_device_name(), "bfloat16") if ON_GPU else None
+
+
+def speed(flops: float, times: Sequence[float]) -> dict[str, dict | float | None]:
+    """TFLOP/s, and their median's share of the device's peak."""
+    found, bound = summary(flops / 1e12 / value for value in times), peak()
+    return {"TFLOP/s": found, "% of peak": bound and round(100 * found["median"] / bound, 1)}
 
 
 def pairs(count: int) -> Iterator[list[int]]:

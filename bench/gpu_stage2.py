@@ -33,6 +33,7 @@ from bench.gpu import (
     Gradients,
     Sample,
     compiled_twin,
+    compiler,
     difference,
     dropped,
     flops_of,
@@ -48,6 +49,7 @@ from bench.gpu import (
     recorded,
     set_fastest,
     shallow,
+    speed,
     tiny,
 )
 from bench.make_lengths import hybrid_8b
@@ -139,11 +141,9 @@ def timed(kind, config, samples, policies, steps, models, model, rounds) -> list
     useful = flops_of(config, sizes, PARTS)
     rows = []
     for name, times in taken.items():
-        speed = summary(useful / 1e12 / value for value in times)
         row = {"pack": kind, "way": name, "samples": len(samples), "policy": policies[name]}
         row |= {"tokens": sum(len(sample.ids) for sample in samples), "seconds": summary(times)}
-        row |= {"useful TFLOP/s": speed, "% of peak": round(100 * speed["median"] / peak(), 1)}
-        rows.append(row | {"times naive": ratios(taken["naive"], times)})
+        rows.append(row | speed(useful, times) | {"times naive": ratios(taken["naive"], times)})
     return rows
 
 
@@ -188,7 +188,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     large, middle = (tiny(), tiny()) if options.quick else (hybrid_8b(), hybrid_4b())
     cut = shallow(large)
     samples = pack_of(cut, "mixed", options.quick)
-    gradient = {str(t): same_gradient(cut, samples, t) for t in (torch.float32, torch.bfloat16)}
+    dtypes = (torch.float32,) if options.quick else (torch.float32, torch.bfloat16)
+    gradient = {str(dtype): same_gradient(cut, samples, dtype) for dtype in dtypes}
     print("gradient beside the naive one's, relative:", gradient)
     rows = micro_steps(large, options.quick, rounds)
     print_table(rows)
@@ -207,6 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "gradient, relative difference from naive": gradient,
             "micro-batches, 8B": rows,
             "AdamW step, 4B": adamw,
+            "compiler": compiler(),
             "peak TFLOP/s": peak(),
         },
         spread=f"least and most of {rounds} interleaved rounds",

@@ -208,7 +208,8 @@ def count_copied(out: Path, donors: dict[str, Path]) -> int:
 
 
 def measure(size: str, work: Path, rounds: int) -> dict:
-    pool = (torch.randn(1 << 25, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+    count = 1 << (20 if size == "tiny" else 25)
+    pool = (torch.randn(count, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
     configs = {"vision": vision_config(size == "tiny"), "llm": llm_config(size)}
     shards = {name: donor_shards(raw, pool) for name, raw in configs.items()}
     used = shards | {

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from bench.common import (
-    RESULTS,
     ROUNDS,
     arguments,
     interleaved,
     print_table,
+    result_path,
     seconds,
     summary,
     write_result,
@@ -38,9 +38,9 @@ from vlm.model import VisionLanguageModel, initialise
 TEXT, IMAGE = 512, (1, 32, 32)
 TOKENS, PATCHES = 8192, 20480
 """The default budgets."""
-STEPS = 8
+STEPS = 6
 """Points of a line."""
-COUNTED = (1, 2, 4, 8)
+COUNTED = (1, 3, 6)
 """Those of them, of STEPS, at which torch counts."""
 OFF = 0.1
 """Of the largest point: a line whose points are as near is called straight."""
@@ -134,11 +134,9 @@ def main(given: Sequence[str] | None = None) -> int:
             name = f"{kind}, up to {most[0]:,} {what}"
             lines[name] = [(x / most[0], y / most[1]) for x, y in points.items()]
     print_table([{key: value for key, value in row.items() if key != "points"} for row in rows])
-    chart = options.out or (None if options.quick else RESULTS / "linear.json")
-    if chart:
-        chart.parent.mkdir(parents=True, exist_ok=True)
+    if path := result_path("linear", options):
         labels = ("Cost of a micro-batch", "share of the largest size", "share of its cost")
-        write_chart(chart.with_suffix(".svg"), *labels, lines)
+        write_chart(path.with_suffix(".svg"), *labels, lines)
     write_result(
         "linear",
         options,

@@ -29,6 +29,7 @@ from vlm.data.pack import Budget
 from vlm.data.plan import Plan, Position
 from vlm.data.plan_report import report, summarise
 
+FILES = ("caption", "instruction")
 WORLDS = (8, 64)
 PER_RANK = 16
 """Samples of a rank in a step: the recipe's 2 x 8."""
@@ -96,7 +97,7 @@ def main(given: Sequence[str] | None = None) -> int:
     million, worlds = (5000, WORLDS[:1]) if options.quick else (MILLION, WORLDS)
     rows = [
         figures_of(name, world, kind, million)
-        for name in ("caption", "instruction")
+        for name in FILES[: 1 if options.quick else None]
         for world in worlds
         for kind in ("naive", "samples", "packed")
     ]

@@ -27,18 +27,18 @@ from bench.common import (
     summary,
     write_result,
 )
-from vlm.batch import Batch
+from bench.meta import micro_batch
 from vlm.config import TextConfig, VisionConfig, VLMConfig
 from vlm.cost import PARTS
 from vlm.cost.memory import Load, peak_activations, saved_activations
-from vlm.data.collate import collate
-from vlm.data.processor import Example
+from vlm.cost.samples import Samples
 from vlm.loss import cross_entropy
 from vlm.model import VisionLanguageModel, initialise
 from vlm.recompute import Policy
 
 ROUNDS = 9
-TOKENS, TARGETS, GRID = 1024, 128, (1, 32, 32)
+SIZES = (1024, 128, 32)
+"""Tokens, targets, and the side of the image in patches."""
 VISION = VisionConfig(
     depth=3, hidden_size=160, num_heads=4, intermediate_size=428, out_hidden_size=512,
     fullatt_block_indexes=(1,),
@@ -51,7 +51,7 @@ TEXT = TextConfig(
 CONFIG = VLMConfig(VISION, TEXT, 2000, 2001, 2002, 2003)
 
 
-def measure(rounds: int) -> tuple[str, list[dict]]:
+def measure(tokens: int, targets: int, side: int, rounds: int) -> tuple[str, list[dict]]:
     """The dtype, and a row for each policy."""
     on_cuda = torch.cuda.is_available()
     dtype, device = (torch.bfloat16, "cuda") if on_cuda else (torch.float32, "cpu")
@@ -60,7 +60,8 @@ def measure(rounds: int) -> tuple[str, list[dict]]:
     model.to(device, dtype)
     for parameter in model.parameters():  # gradients leave at once, as they do under ZeRO
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    batch = micro_batch().to(device)
+    sample = Samples.of([(tokens, targets, [[1, side, side]])])
+    batch = micro_batch(CONFIG, sample).to(device)
 
     def forward() -> Tensor:
         return cross_entropy(model(batch), model.head_weight, batch.targets, None)[0]
@@ -75,7 +76,7 @@ def measure(rounds: int) -> tuple[str, list[dict]]:
         return seconds(step, clock)
 
     rows = []
-    load = Load(TOKENS, TARGETS, GRID[0] * GRID[1] * GRID[2])
+    load = Load(tokens, targets, side**2)
     for policy in get_args(Policy):
         model.set_recompute(policy, policy)
         step()
@@ -101,29 +102,17 @@ def megabytes(count: int) -> float:
     return round(int(count) / 1e6, 2)
 
 
-def micro_batch() -> Batch:
-    """One sample with one image."""
-    ids = torch.zeros(TOKENS, dtype=torch.int64)
-    patches = GRID[0] * GRID[1] * GRID[2]
-    ids[: patches // VISION.merge_unit] = CONFIG.image_token_id
-    targets = torch.full((TOKENS,), -100)
-    targets[-TARGETS:] = 1
-    pixels = torch.randint(0, 256, (patches, VISION.patch_dim), dtype=torch.uint8)
-    positions = torch.arange(TOKENS).expand(3, -1)
-    return collate([Example("x", ids, targets, None, positions, pixels, (GRID,))], CONFIG)
-
-
 def main(given: Sequence[str] | None = None) -> int:
     options = arguments("recompute", __doc__).parse_args(given)
     torch.set_num_threads(1)
-    rounds = 1 if options.quick else ROUNDS
-    dtype, rows = measure(rounds)
+    sizes, rounds = ((128, 16, 8), 1) if options.quick else (SIZES, ROUNDS)
+    dtype, rows = measure(*sizes, rounds)
     print_table(rows)
     write_result(
         "recompute",
         options,
-        what=f"bytes and time of a micro-batch of {TOKENS} tokens and as many patches in {dtype} "
-        "under each recompute policy, beside what vlm/cost predicts",
+        what=f"bytes and time of a micro-batch of {sizes[0]} tokens and {sizes[2] ** 2} patches in "
+        f"{dtype} under each recompute policy, beside what vlm/cost predicts",
         target={"predicted memory": "within 5 % of the real one"},
         figures=rows,
         spread=f"least and most of {rounds} interleaved rounds; bytes are the same in every run",

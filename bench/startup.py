@@ -21,11 +21,11 @@ from PIL import Image
 
 from bench.common import (
     GOLDEN_MODEL,
-    RESULTS,
     ROUNDS,
     arguments,
     interleaved,
     print_table,
+    result_path,
     seconds,
     summary,
     write_result,
@@ -156,11 +156,9 @@ def main(given: Sequence[str] | None = None) -> int:
         kind: [(r["samples"] / 1e6, r["seconds"]["median"]) for r in rows if r["kind"] == kind]
         for kind in KINDS
     }
-    chart = options.out or (None if options.quick else RESULTS / "startup.json")
-    if chart:
-        chart.parent.mkdir(parents=True, exist_ok=True)
+    if path := result_path("startup", options):
         labels = ("Start-up from a cached index", "million samples", "seconds to the first step")
-        write_chart(chart.with_suffix(".svg"), *labels, lines)
+        write_chart(path.with_suffix(".svg"), *labels, lines)
     write_result(
         "startup",
         options,

@@ -40,8 +40,8 @@ def counts(setting: Setting, out: Path, options: dict) -> dict[str, float]:
         dataset=[str(setting.sequence)],
         output_dir=out,
         max_steps=setting.steps,
-        max_length=1024,
-        token_budget=1024,  # several micro-batches a step
+        max_length=2048,
+        token_budget=2048,  # several micro-batches a step
         deepspeed=None,
         dataloader_num_workers=0,
         dataset_num_proc=1,

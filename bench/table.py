@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.__main__ import NEEDS_GPU
 from bench.common import RESULTS, ROOT
 from bench.flops import TARGETS as FEWER
 from bench.linear import OFF
@@ -51,8 +52,6 @@ class Target:
     """From the result's figures."""
     why: str = ""
     """The reason in case it is missed."""
-    waits: str = "needs an NVIDIA GPU"
-    """What is missing in case there is no result."""
 
 
 def _at_least(value: float, least: float, form: str = "{:.2f}x") -> Found:
@@ -266,7 +265,8 @@ def _line(target: Target, result: dict | None) -> str:
     command = f"[{target.result}](#{target.result})"
     if result is None:
         command = f"`python -m bench.{target.result}`"
-        return f"| {target.what} | {target.bound} |  | not run: {target.waits} | {command} |  |"
+        waits = "needs an NVIDIA GPU" if target.result.startswith(NEEDS_GPU) else "no result"
+        return f"| {target.what} | {target.bound} |  | not run: {waits} | {command} |  |"
     found = target.read(result["figures"])
     verdict = "met" if found.met else f"**missed**: {found.why or target.why or 'no reason known'}"
     cells = (target.what, target.bound, found.text, verdict, command, result["date"])

@@ -18,6 +18,7 @@ import yaml
 from torch import Tensor
 
 from train.config import UsageError
+from train.disk import write_text
 from train.metrics import read_log
 from vlm.checkpoint import CheckpointError, TensorReader
 from vlm.cost import CONVENTION
@@ -30,16 +31,28 @@ KEPT = {"resume_check": None, "known_failures": []}
 def write_card(run: Path, uninterrupted: Path | None = None) -> dict:
     """Write `card.yaml` into a run's directory and return what it holds.
 
-    Raises UsageError where it is no run, or cannot be compared with the other.
+    Raises UsageError where it is no run, cannot be compared with the other, or has a card that
+    cannot be read, which is left as it is.
     """
     path = run / "card.yaml"
-    before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
-    kept = {key: before.get(key, empty) for key, empty in KEPT.items()}
+    kept = _kept(path)
     if uninterrupted:
         kept["resume_check"] = check_resume(run, uninterrupted)
     card = make_card(run) | kept
-    path.write_text(yaml.safe_dump(card, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_text(path, yaml.safe_dump(card, sort_keys=False, allow_unicode=True).rstrip())
     return card
+
+
+def _kept(path: Path) -> dict:
+    """What stays of an earlier card; UsageError where people's words in it would be lost."""
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split()).replace('in "<unicode string>", ', "")
+        raise UsageError(f"{path} is not YAML; mend it or remove it ({reason})") from None
+    if not isinstance(before, dict | None):
+        raise UsageError(f"{path} is no card, `name: value` lines; mend it or remove it")
+    return {key: (before or {}).get(key, empty) for key, empty in KEPT.items()}
 
 
 def make_card(run: Path) -> dict:

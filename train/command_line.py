@@ -5,16 +5,16 @@ An unknown or mistyped key is an error that suggests the nearest one, never igno
 
 import re
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
-from pathlib import Path
-from typing import get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
 from docstring_parser import parse_from_object
 from jsonargparse import ArgumentError, ArgumentParser
 
 from train.config import TrainConfig, UsageError
+from train.optim import SCHEDULES
 from vlm.data.limits import environment_limits
 
 ABOUT = "Supervised fine-tuning of the hybrid; docs/training.md explains every option."
@@ -37,20 +37,29 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
     except ValueError as error:
         raise UsageError(str(error)) from None
     options.pop("config", None)
-    return TrainConfig(**options)
+    config = TrainConfig(**options)
+    if config.lr_scheduler_type not in SCHEDULES:
+        names = ", ".join(SCHEDULES)
+        raise UsageError(
+            f"lr_scheduler_type is {config.lr_scheduler_type}; it must be one of {names}"
+        )
+    return config
 
 
 def _add_lists(parser: ArgumentParser) -> set[str]:
     """The options that are lists, each as `--name A B ...`; returns their names."""
     about = {p.arg_name: p.description for p in parse_from_object(TrainConfig).params}
-    lists = [field for field in fields(TrainConfig) if get_origin(field.type) is list]
-    for field in lists:
+    for field in _list_fields():
         (kind,) = get_args(field.type)
         needed = {"required": True} if field.default_factory is MISSING else {"default": []}
         parser.add_argument(
             f"--{field.name}", type=kind, nargs="+", help=about[field.name], **needed
         )
-    return {field.name for field in lists}
+    return {field.name for field in _list_fields()}
+
+
+def _list_fields() -> list[Field]:
+    return [field for field in fields(TrainConfig) if get_origin(field.type) is list]
 
 
 def _check_files(arguments: list[str]) -> None:
@@ -60,21 +69,45 @@ def _check_files(arguments: list[str]) -> None:
     paths += [flag.partition("=")[2] for flag in arguments if flag.startswith("--config=")]
     for path in paths:
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            with open(path, encoding="utf-8") as file:
+                content = yaml.load(file, _EachKeyOnce)  # a SafeLoader
         except OSError as error:
             raise UsageError(f"--config {path} cannot be read: {error.strerror}") from None
         except (UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split()).replace('in "<unicode string>", ', "")
+            reason = " ".join(str(error).split()).replace(f'in "{path}", ', "")
             raise UsageError(f"--config {path} is not YAML: {reason}") from None
         if not isinstance(content, dict):
             raise UsageError(f"--config {path} holds no options; write `name: value` lines")
-        for name in ("dataset", "val_dataset", "text_probe"):
-            data = content.get(name, [])
-            if not isinstance(data, list) or not all(isinstance(d, str | dict) for d in data):
-                raise UsageError(
-                    f"--config {path}: {name} is to be a list, a line `- PATH` or `- path: PATH` "
-                    "for each source"
-                )
+        for field in _list_fields():
+            _check_list(path, field, content.get(field.name, []))
+
+
+def _check_list(path: str, field: Field, value: object) -> None:
+    """UsageError where a file has something else than a list for this option."""
+    of_data = get_args(field.type)[0] == str | dict[str, Any]
+    kinds = (str | dict) if of_data else str
+    if isinstance(value, list) and all(isinstance(one, kinds) for one in value):
+        return
+    form = "a line `- PATH` or `- path: PATH` for each source"
+    if not of_data:
+        form = f'`{field.name}: ["A", "B"]`, or [] for none'
+    raise UsageError(f"--config {path}: {field.name} is to be a list, {form}")
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """YAML in which no key may come twice; PyYAML takes the last value without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise UsageError(
+                        f"--config {key.start_mark.name}, line {key.start_mark.line + 1}: "
+                        f"{key.value} is given a second time; keep one of them"
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _explain(error: ArgumentError) -> str:

@@ -130,7 +130,8 @@ def open_data(
         run.check(progress, len(index), index.fingerprint())
         costs = index.costs(processor.config, trains)
         fixed = (progress.global_batch_size, config.seed, world.size)
-        sizes = index.length, index.patches
+        kept = index.patches > 0 if skips_text and index.patches.any() else slice(None)
+        sizes = index.length[kept], index.patches[kept]
         budget, budgets = budget_of(*told, fixed[0], bool(resumed), *sizes)
         plan = make_plan(index, costs, *fixed, budget, skips_text)
         dataset = StepDataset(index, processor, plan, world.rank)

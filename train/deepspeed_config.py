@@ -14,8 +14,12 @@ STAGES = {
     "zero2": {"stage": 2},
     "zero2_offload": {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": True}},
 }
-OURS = {"optimizer", "scheduler", "fp16", "bf16", "amp"}
-"""Sections of a DeepSpeed file that other options decide."""
+OURS = {"optimizer", "scheduler", "fp16", "bf16", "amp", "gradient_allreduce_op"}
+"""What of a DeepSpeed file other options or the loop decide."""
+NO_STAGE_3 = (
+    "ZeRO stage 3, which cannot be used: it spreads the weights, and the loss reads the head's "
+    "outside of a module's forward pass; take stage 1 or 2"
+)
 
 
 def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
@@ -47,31 +51,40 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict:
 
 
 def _user_settings(path: Path) -> dict:
+    names = ", ".join(STAGES)
+    if str(path) == "zero3":
+        raise UsageError(f"deepspeed: zero3 asks for {NO_STAGE_3} ({names})")
+    if str(path).lower() in ("none", "false", "no", "off"):
+        raise UsageError(f"deepspeed: {path} is no setting; for no DeepSpeed write null")
     try:
-        settings = _without_auto(json.loads(path.read_text(encoding="utf-8")))
-        zero = settings.get("zero_optimization", {})
-        device = zero.get("offload_optimizer", {}).get("device", "none")
-    except (OSError, ValueError, AttributeError) as error:
-        names = ", ".join(STAGES)
+        settings = json.loads(path.read_text(encoding="utf-8"), object_hook=_stated)
+    except (OSError, ValueError) as error:
         raise UsageError(
             f"deepspeed: {path} is none of {names}, nor a file of DeepSpeed's JSON ({error})"
         ) from None
-    if zero.get("stage") == 3:
+    zero = settings.get("zero_optimization", {}) if isinstance(settings, dict) else None
+    offload = zero.get("offload_optimizer", {}) if isinstance(zero, dict) else None
+    if not isinstance(offload, dict):
         raise UsageError(
-            f"{path} asks for ZeRO stage 3, which cannot be used: it spreads the weights, and the "
-            "loss reads the head's outside of a module's forward pass; take stage 1 or 2"
+            f"deepspeed: {path} is no file of DeepSpeed's JSON: it, zero_optimization and "
+            "offload_optimizer are to be objects, {...}"
         )
-    if zero.get("stage", 2) not in (1, 2):
-        raise UsageError(f"{path} asks for ZeRO stage {zero['stage']}; take 1 or 2")
+    stage, device = zero.get("stage", 2), offload.get("device", "none")
+    if stage == 3:
+        raise UsageError(f"{path} asks for {NO_STAGE_3}")
+    if stage not in (1, 2):
+        raise UsageError(f"{path} asks for ZeRO stage {stage}; take 1 or 2")
     if device not in ("none", "cpu"):
         raise UsageError(f"{path} offloads the optimizer to {device!r}; only 'cpu' is supported")
+    scales = settings.get("prescale_gradients") or settings.get("gradient_predivide_factor", 1) != 1
+    if scales and stage == 2 and zero.get("reduce_scatter", True):
+        raise UsageError(
+            f"{path} has prescale_gradients or gradient_predivide_factor, which DeepSpeed cannot "
+            "with stage 2's reduce_scatter; leave them out"
+        )
     return {key: value for key, value in settings.items() if key not in OURS}
 
 
-def _without_auto(settings: dict) -> dict:
-    """Without the keys that transformers' Trainer would fill in."""
-    return {
-        key: _without_auto(value) if isinstance(value, dict) else value
-        for key, value in settings.items()
-        if value != "auto"
-    }
+def _stated(settings: dict) -> dict:
+    """Without the keys that say nothing, and `auto`, which transformers' Trainer would fill in."""
+    return {key: value for key, value in settings.items() if value not in (None, "auto")}

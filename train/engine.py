@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from train.config import TrainConfig, UsageError
-from train.deepspeed_config import deepspeed_config
+from train.deepspeed_config import STAGES, deepspeed_config
 from train.freeze import Group
 from train.optim import make_optimizer
 from train.world import World
@@ -86,15 +86,35 @@ def start_engine(
 
 
 def check_engine(config: TrainConfig, world: World) -> None:
-    """Raise UsageError where no engine can be started; costs nothing."""
+    """Raise UsageError where no engine can be started; before anything is loaded."""
     if config.deepspeed:
-        zero = deepspeed_config(config, world.size)["zero_optimization"]
-        if zero.get("offload_optimizer", {}).get("device") == "cpu" and not world.launched:
+        settings = deepspeed_config(config, world.size)
+        offload = settings["zero_optimization"].get("offload_optimizer", {})
+        if offload.get("device") == "cpu" and not world.launched:
             raise UsageError(
                 f"deepspeed: {config.deepspeed} needs torchrun; plain python does not offload"
             )
+        if config.deepspeed not in STAGES and world.launched:
+            world.from_first(lambda: _check_file(config.deepspeed, settings, world))
     elif world.size > 1:
         raise UsageError(f"{world.size} ranks need DeepSpeed; set deepspeed: zero2")
+
+
+def _check_file(path: str, settings: dict, world: World) -> None:
+    """UsageError where DeepSpeed does not take what a user's file has led to."""
+    # whose product it checks against ranks that it does not know of yet
+    settings = {key: value for key, value in settings.items() if key != "train_batch_size"}
+    try:
+        _import_deepspeed(world).DeepSpeedConfig(settings)
+    except Exception as error:  # noqa: BLE001 - assertions, pydantic's and its own errors
+        said = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in _details(error)]
+        reason = "; ".join(said) or " ".join(str(error).split())
+        raise UsageError(f"deepspeed: {path} is refused by DeepSpeed: {reason}") from None
+
+
+def _details(error: Exception) -> list[dict]:
+    """Of a validation error of pydantic: fields and what is wrong with them."""
+    return error.errors() if hasattr(error, "errors") else []
 
 
 class PlainEngine:
@@ -176,6 +196,8 @@ class ZeroEngine:
         self, model: nn.Module, groups: list[Group], config: TrainConfig, world: World
     ) -> None:
         deepspeed = _import_deepspeed(world)
+        backend = "gloo" if world.device.type == "cpu" else "nccl"
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
         self.updates = 0
         self.group_of = _group_of(groups)
         self._world = world
@@ -268,7 +290,6 @@ def _import_deepspeed(world: World):
     warnings.filterwarnings("ignore", ".*all_gather_into_tensor", FutureWarning)  # its own
     if on_cpu:  # else two minutes go into compiling a collective that gloo does as well
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", verbose=False)
     return deepspeed
 
 

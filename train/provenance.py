@@ -36,13 +36,15 @@ def device_name(world: World) -> str:
 
 
 def _command(world: World) -> str:
-    """As it may be typed again, on each node."""
+    """As it may be typed again; of several nodes the first one's, of which the others differ in
+    `--node_rank` alone."""
     launcher = ["python"]
     if world.launched:
-        ranks = os.environ["LOCAL_WORLD_SIZE"]
-        launcher = ["torchrun", "--nproc_per_node", ranks]
-        if int(ranks) < world.size:
-            launcher += ["--nnodes", os.environ["GROUP_WORLD_SIZE"]]
+        here = os.environ
+        launcher = ["torchrun", "--nproc_per_node", here["LOCAL_WORLD_SIZE"]]
+        if int(here["LOCAL_WORLD_SIZE"]) < world.size:
+            launcher += ["--nnodes", here["GROUP_WORLD_SIZE"], "--node_rank", here["GROUP_RANK"]]
+            launcher += ["--master_addr", here["MASTER_ADDR"], "--master_port", here["MASTER_PORT"]]
     return shlex.join([*launcher, *sys.argv])
 
 

@@ -45,17 +45,23 @@ summary { cursor: pointer; color: var(--s0); margin: .75rem 0; }
 )
 
 
-def summarise(run: Path) -> str:
-    """Write the card and the report of a run that has ended; says where, or why not."""
-    try:
-        write_card(run)
-        return f"report: {write_report(run)}"
-    except OSError as error:
-        return f"no report: {error}; `python -m train.report {run}` makes it"
+def summarise(run: Path) -> None:
+    """Write the card and the report of a run that has ended, and say where, or why not: whatever
+    has become of its files, the training is done."""
+    for name, write in (("card", write_card), ("report", write_report)):
+        try:
+            write(run)
+        except (OSError, UsageError) as error:
+            again = f"`python -m train.{name} {run}` makes it"
+            print(f"no {name}: {error}; {again}", file=sys.stderr)
+        else:
+            if name == "report":
+                print(f"report: {run / 'report.html'}")
 
 
 def write_report(run: Path) -> Path:
-    """Write `report.html` into a run's directory. UsageError where it is no run."""
+    """Write `report.html` into a run's directory. UsageError where it is no run, or
+    holds answers that are none."""
     path = run / "report.html"
     path.write_text(render(run), encoding="utf-8")
     return path

@@ -4,10 +4,13 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from train.config import UsageError
 from vlm.page import text
 
 MOST = 10
 """Questions shown."""
+FIELDS = ("step", "id", "question", "images", "truth", "answer")
+"""Of a line, which `add_answers` of train/answers.py writes."""
 STYLE = """
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr));
   gap: 1rem; }
@@ -26,9 +29,12 @@ article small { display: block; overflow-wrap: anywhere; }
 
 
 def answers_section(path: Path) -> str:
-    """The questions of the last evaluation, with the first one's answers beside."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    answers = [json.loads(line) for line in lines]
+    """The questions of the last evaluation, with the first one's answers beside.
+
+    Raises UsageError where a line of the file is no answer.
+    """
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    answers = [_read(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
     if not answers:
         return ""
     steps = sorted({answer["step"] for answer in answers})
@@ -36,6 +42,14 @@ def answers_section(path: Path) -> str:
     shown = [a for a in answers if a["step"] == steps[-1]][:MOST]
     cards = "\n".join(_card(answer, dict.fromkeys((steps[0], steps[-1])), told) for answer in shown)
     return f'<h2>{len(shown)} held-out answers</h2>\n<div class="cards">{cards}</div>'
+
+
+def _read(line: bytes, where: str) -> dict:
+    try:
+        answer = json.loads(line)
+        return {name: answer[name] for name in FIELDS}
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{where} is no answer of an evaluation; remove this line") from None
 
 
 def _card(answer: dict, steps: Iterable[int], told: dict[tuple[str, int], str]) -> str:

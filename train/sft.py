@@ -162,7 +162,7 @@ def train(config: TrainConfig, world: World) -> None:
                 break
     log.end(progress.step, run.checkpoints()[-1])
     if world.first:
-        print(summarise(run.dir))
+        summarise(run.dir)
 
 
 def _given_model(config: TrainConfig, world: World) -> Path:

@@ -22,6 +22,8 @@ from train.pulse import Pulse
 
 INDEXING_TAKES = timedelta(hours=12)
 """While the first rank indexes the data the others wait."""
+LAUNCH = {"RANK", "WORLD_SIZE", "MASTER_ADDR"}
+"""What torchrun sets; a variable of them that is left over from elsewhere launches nothing."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class World:
         if deterministic:
             _be_deterministic()
         cuda = torch.cuda.is_available()
-        if "RANK" not in os.environ:
+        if not os.environ.keys() >= LAUNCH:
             return cls(0, 1, torch.device("cuda" if cuda else "cpu"), launched=False)
         _die_with_parent()
         device = torch.device("cpu")

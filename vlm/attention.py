@@ -4,6 +4,7 @@ Legend: T rows, H heads, K key/value heads, E head_dim, S segments.
 """
 
 import importlib.util
+import inspect
 from functools import cache
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlm.batch import Segments
+from vlm.recompute import pointwise
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:
@@ -48,12 +50,14 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: boo
 def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:  # torch 2.11 has no enable_gqa; repeating is right in every version
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    groups, options = q.shape[1] // k.shape[1], {}
+    if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    elif groups > 1:  # torch 2.11
+        k, v = (pointwise(lambda x: x.repeat_interleave(groups, dim=1), x) for x in (k, v))
     cu, longest = segments.cu_seqlens, segments.max_length
     window = (-1, 0) if causal else (-1, -1)
-    return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=window)
+    return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=window, **options)
 
 
 def _grouped_sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:

@@ -129,7 +129,12 @@ class VisionTower(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Levels to rows: normalise, then the donors' convolution, which is a matmul."""
+    """Levels to rows: normalise, then the donors' convolution, which is a matmul.
+
+    Not folded over the two halves in time, which of an image are equal: that is 0.1 % of the
+    tower's FLOPs, and the sum of two bfloat16 weights is rounded once more (an error of 2.9e-3
+    where this has 2.3e-3).
+    """
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()

@@ -13,11 +13,11 @@ from tests.data.samples import assistant, processor, row, sample, user, write_im
 from tests.data.videos import write_video
 from tests.tiny import hybrid
 from vlm.batch import Features
-from vlm.data import features as module
 from vlm.data.collate import collate
 from vlm.data.features import (
     ABANDONED,
     CHECKSUM,
+    WAITING,
     FeatureCache,
     FeatureWriter,
     fingerprint,
@@ -170,8 +170,15 @@ def test_a_slow_disk_never_holds_the_training_up(cache, monkeypatch):
     go_on = threading.Event()
     monkeypatch.setattr(FeatureWriter, "keep", lambda *_: go_on.wait())
     writer = FeatureWriter(cache, GB)
-    for number in range(3 * module.WAITING):
-        writer(Features(cache.none(), ((4, f"{number}"),)), torch.zeros(4, 64))
+
+    def train() -> None:
+        for number in range(3 * WAITING):
+            writer(Features(cache.none(), ((4, f"{number}"),)), torch.zeros(4, 64))
+
+    training = threading.Thread(target=train, daemon=True)
+    training.start()
+    training.join(timeout=20)
+    assert not training.is_alive()
     go_on.set()
     writer.close()
 

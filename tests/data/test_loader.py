@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from tests.data.samples import damage, index_of, processor, row, write_image, write_jsonl
+from tests.tiny import hybrid
 from vlm.data.collate import collate
+from vlm.data.features import FeatureCache
 from vlm.data.index import build_index
 from vlm.data.ledger import Entry, Ledger, TooManyBadSamples
 from vlm.data.loader import Step, StepDataset, make_plan, open_loader
@@ -163,10 +165,13 @@ def test_a_micro_batch_whose_every_sample_is_bad_has_no_target(tmp_path):
     assert [len(batch.input_ids) for batch in step.micro_batches] == [1]
 
 
-def test_the_costliest_micro_batch_is_the_largest_samples_together(folder):
+def test_the_costliest_micro_batch_is_the_largest_samples_together(folder, tmp_path):
     dataset = make_dataset(folder, budget=Budget("samples", 2))
     largest = sorted(dataset.index.length.tolist())[-2:]
     assert sorted(dataset.costliest().segments.lengths) == largest
+    # with all of its patches, though a cache may know them later
+    cached = replace(dataset, features=FeatureCache.of(tmp_path, hybrid().visual))
+    assert cached.costliest().features is None
 
 
 def test_a_sample_that_has_changed_since_it_was_indexed_is_bad(tmp_path):

@@ -147,18 +147,23 @@ LOADS = {"logits": Load(300, 250, 4), "decoder": Load(1000, 50, 64), "both": Loa
 """Micro-batches that need most at different times."""
 
 
-def peaks(stage, load: Load, policy, dtype, tower, decoder) -> tuple[int, int]:
-    """Allocated and predicted bytes of a forward and a backward pass whose gradients leave at
-    once, as they do under ZeRO."""
+def of_widths(tower, decoder) -> VLMConfig:
+    """Five layers each; small patches, since those of 14 x 14 pixels outweigh so narrow a tower."""
     base = parse_config(hybrid_config())
     text = replace(
         base.text, hidden_size=decoder[0], intermediate_size=decoder[1], num_hidden_layers=5
     )
-    vision = replace(  # small patches: those of 14 x 14 pixels outweigh so narrow a tower
+    vision = replace(
         base.vision, patch_size=2, window_size=16, depth=5, hidden_size=tower[0],
         intermediate_size=tower[1], out_hidden_size=decoder[0],
     )  # fmt: skip
-    config = replace(base, vision=vision, text=text)
+    return replace(base, vision=vision, text=text)
+
+
+def peaks(stage, load: Load, policy, dtype, tower, decoder) -> tuple[int, int]:
+    """Allocated and predicted bytes of a forward and a backward pass whose gradients leave at
+    once, as they do under ZeRO."""
+    config = of_widths(tower, decoder)
     model = prepared(VisionLanguageModel(config), STAGES[stage], (policy, policy), dtype)
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -1,5 +1,7 @@
 """What runs on a GPU alone, forced to run here: padded widths, compiled blocks."""
 
+import sys
+import types
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +13,8 @@ from torch._dynamo.utils import counters
 import vlm.layers
 from tests.packing import make_sample, pack
 from tests.tiny import hybrid
-from vlm.batch import Batch
+from vlm.attention import BACKENDS
+from vlm.batch import Batch, Segments
 from vlm.compile import ROUNDING, compile_blocks
 from vlm.config import VLMConfig
 from vlm.layers import RMSNorm, padding
@@ -88,6 +91,30 @@ def test_what_is_padded_is_the_weights_and_not_what_they_multiply(monkeypatch):
     assert seen == [(16, 6), (16, 6), (6, 16)]
 
 
+# ---- torch's own attention, whose versions differ
+
+
+@pytest.mark.parametrize("knows_groups", [True, False], ids=["torch 2.13", "torch 2.11"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_grouped_queries_with_and_without_enable_gqa(monkeypatch, knows_groups, causal):
+    """Its kernel is a GPU's; another stands in that asks for equal heads unless told."""
+    segments = Segments.of([5, 3])
+
+    def kernel(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size, enable_gqa=False):
+        assert (k.shape[1] == q.shape[1]) != enable_gqa
+        assert (max_q, max_k) == (5, 5) and cu_q is cu_k is segments.cu_seqlens
+        return BACKENDS["sdpa"](q, k, v, segments, window_size == (-1, 0))
+
+    def older(q, k, v, cu_q, cu_k, max_q, max_k, *, window_size):
+        return kernel(q, k, v, cu_q, cu_k, max_q, max_k, window_size=window_size)
+
+    kernels = types.SimpleNamespace(varlen_attn=kernel if knows_groups else older)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", kernels)
+    q, k, v = torch.randn(8, 4, 16), torch.randn(8, 2, 16), torch.randn(8, 2, 16)
+    expected = BACKENDS["sdpa"](q, k, v, segments, causal)
+    torch.testing.assert_close(BACKENDS["torch_varlen"](q, k, v, segments, causal), expected)
+
+
 # ---- compiled blocks
 
 
@@ -100,37 +127,35 @@ def compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("policies", POLICIES, ids="-".join)
-def test_lengths_change_and_nothing_is_compiled_again(compiler, policies):
-    model, eager = hybrid(), hybrid()
+def run_all(model: VisionLanguageModel) -> None:
+    """Every micro-batch under every policy, beside a model that is not compiled."""
+    eager = hybrid()
+    for batch in micro_batches(model.config):
+        expected = step(eager, batch)
+        for policies in POLICIES:
+            model.set_recompute(*policies)
+            assert_alike(step(model, batch), expected)
+    assert counters["stats"]["unique_graphs"] == 4  # two pieces of each tower
+
+
+def test_lengths_change_and_nothing_is_compiled_again(compiler):
+    model = hybrid()
     names = list(model.state_dict())
     compile_blocks(model, backend="aot_eager")
-    model.set_recompute(*policies)
     assert list(model.state_dict()) == names
-    for batch in micro_batches(model.config):
-        assert_alike(step(model, batch), step(eager, batch))
-        assert counters["stats"]["unique_graphs"] == 4  # two pieces of each tower
+    run_all(model)
     assert not counters["graph_break"]
-
-
-def test_evaluation_compiles_once_more(compiler):
-    model, eager = hybrid(), hybrid()
-    compile_blocks(model, backend="aot_eager")
     with torch.no_grad():
         for batch in micro_batches(model.config):
-            torch.testing.assert_close(model(batch), eager(batch))
-    assert counters["stats"]["unique_graphs"] == 4
+            model(batch)
+    assert counters["stats"]["unique_graphs"] == 8  # once more for evaluation
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policies", POLICIES, ids="-".join)
-def test_fused_kernels_give_the_same_gradients(compiler, policies):
-    model, eager = hybrid(), hybrid()
+def test_fused_kernels_give_the_same_gradients(compiler):
+    model = hybrid()
     compile_blocks(model)
-    model.set_recompute(*policies)
-    for batch in micro_batches(model.config):
-        assert_alike(step(model, batch), step(eager, batch))
-    assert counters["stats"]["unique_graphs"] == 4
+    run_all(model)
 
 
 def test_fused_kernels_round_as_the_donors_do(compiler):

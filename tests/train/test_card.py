@@ -1,6 +1,7 @@
 """The card tells what a run's files hold, and keeps what people have written into it."""
 
 import hashlib
+import json
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tests.train.runs import log_of, run_plain, run_until, trainer_of
 from train.card import main, make_card, throughput, write_card
 from train.config import UsageError
+from train.report import summarise
 
 
 def card_of(run):
@@ -69,6 +71,39 @@ def test_what_people_wrote_stays(setting, tmp_path):
     card = card_of(run) | {"known_failures": ["upside-down digits"], "resume_check": {"a": 1}}
     (run / "card.yaml").write_text(yaml.safe_dump(card | {"steps": 99}))
     assert write_card(run) == card_of(run) == card
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's directory of which only the options are there."""
+    (tmp_path / "config.yaml").write_text("model: m\ndtype: float32\ndataset: [a.jsonl]\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("text", ["known_failures: [a\n", "- upside-down digits\n"])
+def test_a_card_that_cannot_be_read_stays_and_ends_no_run(run, capsys, text):
+    (run / "card.yaml").write_text(text)
+    summarise(run)
+    said = capsys.readouterr()
+    assert said.out == f"report: {run / 'report.html'}\n" and (run / "report.html").exists()
+    assert said.err.count("\n") == 1 and f"no card: {run / 'card.yaml'} is no" in said.err
+    assert (run / "card.yaml").read_text() == text
+    assert main([str(run)]) == 2
+
+
+def test_an_empty_card_is_written_anew(run, capsys):
+    (run / "card.yaml").write_text("")
+    summarise(run)
+    assert card_of(run)["known_failures"] == [] and not capsys.readouterr().err
+
+
+def test_torn_answers_end_no_run(run, capsys):
+    answer = {"step": 0, "id": "a", "question": "q", "images": [], "truth": "t", "answer": "t"}
+    (run / "answers.jsonl").write_text(f'{json.dumps(answer)}\n{{"step": 1, "id')
+    summarise(run)
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and card_of(run)["run"] == run.name
+    assert f"no report: {run / 'answers.jsonl'}:2 is no answer" in said.err
 
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path, capsys):

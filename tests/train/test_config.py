@@ -1,8 +1,11 @@
 """Mistakes in what was asked for: one clear sentence, exit code 2, before any training."""
 
 import json
+import math
 import subprocess
 import sys
+from dataclasses import fields
+from typing import get_args
 
 import pytest
 
@@ -10,8 +13,11 @@ import train.sft
 from tests.tiny import write_hybrid
 from tests.train.runs import OPTIONS, command, environment
 from train.command_line import parse
-from train.config import UsageError
-from vlm.data.limits import environment_limits
+from train.config import TrainConfig, UsageError
+from train.world import World
+from vlm.data.limits import Limits, environment_limits
+
+GIVEN = ["--model", "m", "--dataset", "d", "--output_dir", "o"]
 
 
 def run_main(monkeypatch, capsys, setting, out, *flags, **options) -> tuple[int, list[str]]:
@@ -31,6 +37,7 @@ def run_main(monkeypatch, capsys, setting, out, *flags, **options) -> tuple[int,
         (["--lr_scheduler_type", "cosin"], "lr_scheduler_type"),
         (["--warmup_ratio", "1.5"], "warmup_ratio is 1.5; it must be in 0..1"),
         (["--save_steps", "0"], "save_steps is 0; it must be above 0"),
+        (["--deepspeed", "none"], "none is no setting; for no DeepSpeed write null"),
         (["--eval_steps", "5"], "eval_steps needs val_dataset, split_dataset_ratio or text_probe"),
         (["--eval_steps", "-2"], "eval_steps is -2"),
         (["--val_dataset", "v.jsonl", "--split_dataset_ratio", "0.1"], "not both"),
@@ -141,6 +148,80 @@ def test_a_config_file_that_cannot_be_meant_is_named(tmp_path, text, says):
         assert says in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(UsageError, match=r"none\.yaml cannot be read"):
         parse(["--config", "none.yaml"])
+
+
+@pytest.mark.parametrize("name", ["freeze_parameters", "trainable_parameters", "report_to"])
+@pytest.mark.parametrize("value", ["tensorboard", "", "{a: b}", "[1]"])
+def test_a_list_that_is_none_is_shown_its_form(tmp_path, name, value):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{name}: {value}\n", encoding="utf-8")
+    with pytest.raises(UsageError) as error:
+        parse(["--config", str(file), *GIVEN])
+    assert str(error.value).endswith(
+        f'run.yaml: {name} is to be a list, `{name}: ["A", "B"]`, or [] for none'
+    )
+
+
+def test_a_key_that_comes_twice_is_named_with_its_line(tmp_path):
+    file = tmp_path / "run.yaml"
+    for text, line, key in (
+        ("seed: 1\nfps: 2\nseed: 3\n", 3, "seed"),
+        ("dataset:\n- path: a\n  path: b\n", 3, "path"),
+    ):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(UsageError) as error:
+            parse(["--config", str(file), *GIVEN])
+        assert f"run.yaml, line {line}: {key} is given a second time" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("adam_beta1", 1.5, "in 0..1 and not 1 itself"),
+        ("adam_beta2", 1, "in 0..1 and not 1 itself"),
+        ("adam_epsilon", -1, "above 0"),
+        ("seed", -1, "in 0..2^63-1"),
+        ("max_bad_fraction", -1, "in 0..1"),
+        ("max_bad_fraction", 1.01, "in 0..1"),
+        ("vit_lr", -1, "0 or above"),
+        ("learning_rate", ".nan", "above 0"),
+        ("learning_rate", ".inf", "finite"),
+        ("vit_weight_decay", ".nan", "0 or above"),
+        ("max_hours", ".inf", "finite"),
+        ("max_grad_norm", ".nan", "above 0"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused(tmp_path, name, value, says):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"{name}: {value}\n", encoding="utf-8")
+    with pytest.raises(UsageError, match=f"^{name} is .*; it must be ") as error:
+        parse(["--config", str(file), *GIVEN])
+    assert str(error.value).endswith(says)
+
+
+def test_no_clipping_is_an_infinite_norm(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("max_grad_norm: .inf\n", encoding="utf-8")
+    assert parse(["--config", str(file), *GIVEN]).max_grad_norm == math.inf
+
+
+def test_every_number_has_its_range():
+    """Beside the option, or among the limits of media."""
+    numbers = {
+        option.name
+        for option in fields(TrainConfig)
+        if {int, float} & {option.type, *get_args(option.type)}
+    }
+    checked = {option.name for option in fields(TrainConfig) if "allowed" in option.metadata}
+    assert numbers - checked == numbers & {limit.name for limit in fields(Limits)}
+    assert checked <= numbers and len(checked) > 30
+
+
+def test_a_rank_left_in_the_environment_launches_nothing(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    for name in ("WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    assert not World.start().launched
 
 
 def test_a_wrong_value_suggests_no_other_name(tmp_path):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from tests.train.runs import ROOT
 from train.config import TrainConfig, UsageError
@@ -33,8 +34,11 @@ def settings_of(tmp_path):
             "offloads the optimizer to 'nvme'; only 'cpu' is supported",
         ),
         ("{", "is none of zero1, zero2, zero2_offload, nor a file of DeepSpeed's JSON"),
-        ("[]", "nor a file of DeepSpeed's JSON"),
-        ('{"zero_optimization": 2}', "nor a file of DeepSpeed's JSON"),
+        ("[]", "no file of DeepSpeed's JSON: it, zero_optimization and"),
+        ('{"zero_optimization": 2}', "no file of DeepSpeed's JSON: it, zero_optimization and"),
+        ('{"zero_optimization": {"offload_optimizer": true}}', "no file of DeepSpeed's JSON"),
+        ('{"gradient_predivide_factor": 4.0}', "cannot with stage 2's reduce_scatter"),
+        ('{"prescale_gradients": true}', "cannot with stage 2's reduce_scatter"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused(settings_of, text, says):
@@ -52,6 +56,53 @@ def test_what_a_file_may_decide(settings_of):
     assert settings["zero_optimization"] == {"stage": 1, "overlap_comm": True}
     assert settings["prescale_gradients"] is True and settings["train_batch_size"] == 4
     assert settings["gradient_clipping"] == 1.0 and not {"scheduler", "fp16"} & set(settings)
+
+
+def test_null_is_as_if_it_was_left_out(settings_of):
+    settings = settings_of('{"zero_optimization": {"offload_optimizer": null}, "amp": null}')
+    assert settings == settings_of("{}") == settings_of('{"zero_optimization": null}')
+
+
+def test_scaling_before_the_sum_is_taken_where_deepspeed_can(settings_of):
+    zero = {"stage": 2, "reduce_scatter": False}
+    theirs = {"zero_optimization": zero, "gradient_predivide_factor": 4.0}
+    assert settings_of(json.dumps(theirs))["gradient_predivide_factor"] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("zero3", "zero3 asks for ZeRO stage 3, which cannot be used: it spreads the weights"),
+        ("none", "none is no setting; for no DeepSpeed write null"),
+        ("False", "False is no setting; for no DeepSpeed write null"),
+        ("zero5", "zero5 is none of zero1, zero2, zero2_offload, nor a file"),
+    ],
+)
+def test_a_word_that_is_no_setting_is_answered(name, says):
+    with pytest.raises(UsageError, match=says) as error:
+        check_engine(TrainConfig("m", ["d.jsonl"], "o", deepspeed=name), World.start())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "says"),
+    [
+        ({"zero_optimization": {"foo": 1}}, "refused by DeepSpeed: foo: Extra inputs are not"),
+        ({"zero_optimization": {"reduce_bucket_size": -1}}, "refused by DeepSpeed: reduce_bucket"),
+        ({"gradient_clipping": 1, "data_types": {}, "zero_optimization": {"stage": 1}}, None),
+        ({"activation_checkpointing": 3}, "ds.json is refused by DeepSpeed"),
+    ],
+)
+def test_deepspeed_is_asked_before_anything_is_loaded(tmp_path, theirs, says):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(theirs))
+    config = TrainConfig("m", ["d.jsonl"], "o", deepspeed=str(file))
+    world = World(0, 1, torch.device("cpu"), launched=True)
+    if says is None:
+        return check_engine(config, world)
+    with pytest.raises(UsageError, match=says) as error:
+        check_engine(config, world)
+    assert "\n" not in str(error.value) and "ds.json" in str(error.value)
 
 
 def test_offloading_needs_deepspeed():

@@ -11,8 +11,10 @@ from errno import ENOLCK
 import pytest
 
 from tests.train.runs import environment, launch, launcher, run_plain
-from train.config import UsageError
+from train.config import TrainConfig, UsageError
 from train.lock import lock
+from train.state import Run
+from train.world import World
 
 HOLD = """
 import os, sys, time
@@ -62,9 +64,12 @@ def test_a_killed_one_lets_go_though_its_worker_lives(tmp_path, holder):
     os.kill(child, 0)  # it does
 
 
-def test_a_run_that_is_over_lets_go(plain_run):
-    """Though this process goes on."""
-    code = f"from pathlib import Path; from train.lock import lock; lock(Path({str(plain_run)!r}))"
+def test_a_run_that_is_over_lets_go(tmp_path):
+    """Though its process goes on."""
+    run = Run(TrainConfig(model="m", dataset=["d"], output_dir=tmp_path), World.start())
+    code = f"from pathlib import Path; from train.lock import lock; lock(Path({str(tmp_path)!r}))"
+    with run.training(print):
+        assert "UsageError" in launch([sys.executable, "-c", code]).stderr
     done = launch([sys.executable, "-c", code])
     assert done.returncode == 0, done.stderr
 

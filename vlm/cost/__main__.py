@@ -7,12 +7,14 @@ Exit code 2 is a mistake in what was asked for, told in one sentence.
 """
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
 from typing import NoReturn, get_args
 
 from vlm.checkpoint import write_json
+from vlm.cost.calibrate import MODULES
 from vlm.cost.hardware import PEAKS
 from vlm.cost.report import SIZES, STAGES, Setup, make_report, print_report
 from vlm.cost.samples import LARGEST, CostError, Samples, one_sample, read_samples
@@ -43,6 +45,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=PEAKS, help="whose bfloat16 peak predicts the time of a step")
     add("--peak_tflops", type=_above_zero, help="of a device that is not in the list")
     add("--mfu", type=_above_zero, default=Setup.mfu, help="share of the peak that is reached")
+    add("--coefficients", type=Path, help="of python -m vlm.cost.calibrate, instead of a peak")
     add("--json", type=Path, help="also write the figures to this file, in bytes and FLOPs")
 
     add = parser.add_argument_group("samples: a file of their sizes, or one sample").add_argument
@@ -63,6 +66,8 @@ def _check(options: argparse.Namespace) -> None:
         raise CostError("give --lengths FILE, or --tokens and --targets of a sample")
     if options.device and options.peak_tflops:
         raise CostError("give --device or --peak_tflops, not both")
+    if options.coefficients and (options.device or options.peak_tflops):
+        raise CostError("give --coefficients, or a peak, not both")
     if options.device and options.dtype != "bfloat16":
         raise CostError(f"the peak of {options.device} is bfloat16's; give --peak_tflops instead")
     if options.mfu > 1:
@@ -118,6 +123,19 @@ def _samples(options: argparse.Namespace, vision) -> Samples:
     return one_sample(options.tokens, options.targets, sizes, vision, limits)
 
 
+def _coefficients(path: Path | None) -> dict[str, float] | None:
+    """Seconds per FLOP of each module, from a file of `vlm.cost.calibrate`."""
+    if path is None:
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["seconds_per_flop"]
+        return {name: float(found[name]) for name in MODULES}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CostError(
+            f"--coefficients: {path} is no file of python -m vlm.cost.calibrate"
+        ) from None
+
+
 def main(arguments: list[str] | None = None) -> int:
     try:
         options = parse_arguments(arguments)
@@ -132,6 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
             global_batch_size=options.global_batch_size,
             peak_tflops=options.peak_tflops or PEAKS.get(options.device),
             mfu=options.mfu,
+            seconds_per_flop=_coefficients(options.coefficients),
         )
         report = make_report(config, _samples(options, config.vision), setup)
         if options.json:

@@ -50,6 +50,8 @@ class Setup:
     peak_tflops: float | None = None
     """Of one GPU in `dtype`; None where it is not known: then no time is predicted."""
     mfu: float = 0.5
+    seconds_per_flop: dict[str, float] | None = None
+    """Of each module, as `vlm/cost/calibrate.py` measures them; used instead of peak and MFU."""
 
     @property
     def policies(self) -> Policies:
@@ -81,7 +83,10 @@ def make_report(config: VLMConfig, samples: Samples, setup: Setup) -> dict:
     state = training_state(total, trained, setup.gpus, size)
     activations = peak_activations(config, load, trains, setup.policies, size)
     seconds = None
-    if setup.peak_tflops:
+    if setup.seconds_per_flop:
+        each_module = (setup.seconds_per_flop[name] * n for name, n in step_flops.items())
+        seconds = sum(each_module) / setup.gpus
+    elif setup.peak_tflops:
         rate = setup.gpus * setup.peak_tflops * 1e12 * setup.mfu
         seconds = sum(step_flops.values()) / rate
     return {
@@ -197,12 +202,15 @@ def print_report(report: dict) -> None:
         title = f"sent by a GPU in a step of {step['micro-batches per GPU']} micro-batches"
         _table(title, report["communication"], 1e9, "GB", 2)
     if step["seconds"]:
+        at = f"at an MFU of {setup['mfu']:g} of {setup['peak_tflops'] or 0:g} TFLOP/s a GPU"
+        if setup["seconds_per_flop"]:
+            at = "at the speeds that were measured"
         print(
             f"\npredicted: {step['seconds']:.3f} s a step, {step['tokens per second']:,.0f} "
-            f"tokens/s at an MFU of {setup['mfu']:g} of {setup['peak_tflops']:g} TFLOP/s a GPU"
+            f"tokens/s {at}"
         )
     else:
-        print("\nno time is predicted without --device or --peak_tflops")
+        print("\nno time is predicted without --device, --peak_tflops or --coefficients")
     print(f"({report['convention']})")
 
 
