@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         adamw = whole_steps(middle, options.quick, rounds)
         print_table(adamw)
-    except torch.cuda.OutOfMemoryError as error:
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
         adamw = [{"pack": "mixed, AdamW step", "failed": str(error)}]
         print(f"the AdamW step does not fit: {error}")
     write_result(

@@ -71,7 +71,7 @@ def main(given: Sequence[str] | None = None) -> int:
     names = list(STAGES)[:1] if options.quick else list(STAGES)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        setting = write_setting(Path(folder), "tiny", 1, 2 if options.quick else 8)
+        setting = write_setting(Path(folder), "tiny", 1, 2 if options.quick else 4)
         for name in names:
             out = Path(folder) / name.replace(" ", "-")
             rows.append({"run": name} | counts(setting, out, STAGES[name]))

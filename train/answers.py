@@ -71,15 +71,23 @@ def answer(
 
 
 def add_answers(path: Path, answers: Sequence[dict], step: int) -> None:
-    """Add a step's answers to the file, in place of those that a killed run gave from there on."""
+    """Add a step's answers to the file, in place of those that a killed run gave from there on and
+    of lines that are none."""
     lines: list[str] = []
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines()
-    lines = [line for line in lines if json.loads(line)["step"] < step]
+    lines = [line for line in lines if _is_before(line, step)]
     lines += [json.dumps(figures) for figures in answers]
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     os.replace(partial, path)
+
+
+def _is_before(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] < step
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def split_answer(sample: Sample, processor: Processor) -> tuple[Sample, str]:

@@ -137,7 +137,7 @@ class TrainConfig:
     vit_gradient_checkpointing: bool | Policy | None = None
     """The same for the ViT alone (default: as gradient_checkpointing)."""
     compile: bool = False
-    """Compile the blocks of both towers (`vlm/compile.py`): faster on a GPU, after a minute."""
+    """Fuse what the blocks of both towers do between products, for a GPU (`vlm/compile.py`)."""
     deepspeed: str | None = "zero2"
     """`zero1`, `zero2`, `zero2_offload` (masters and moments in the host's memory), or a DeepSpeed
     JSON file whose keys go over zero2's; null: one process, no DeepSpeed."""

@@ -44,7 +44,10 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: boo
     from flash_attn import flash_attn_varlen_func
 
     cu, longest = segments.cu_seqlens, segments.max_length
-    return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=causal)
+    # torch's switch does not reach a package's kernels
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    options = {"causal": causal, "deterministic": deterministic}
+    return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, **options)
 
 
 def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:

@@ -74,9 +74,11 @@ def _patch_positions(height: int, width: int, merge: int) -> Tensor:
 
 def normalise(patches: Tensor) -> Tensor:
     """(P, patch_dim) uint8 RGB levels -> float32 values of the donors' normalisation."""
-    levels = patches.unflatten(1, (len(IMAGE_MEAN), -1)).float() / 255  # (P, channels, rest)
-    channels = zip(levels.unbind(1), IMAGE_MEAN, IMAGE_STD, strict=True)
-    return torch.cat([(level - mean) / std for level, mean, std in channels], dim=1)
+    levels = patches.float().div_(255)
+    channels = levels.chunk(len(IMAGE_MEAN), dim=1)
+    for level, mean, std in zip(channels, IMAGE_MEAN, IMAGE_STD, strict=True):
+        level.sub_(mean).div_(std)
+    return levels
 
 
 class VisionTower(nn.Module):

@@ -287,6 +287,8 @@ def test_a_resume_with_another_split_is_refused(setting, tmp_path):
 def test_a_resumed_run_evaluates_each_step_once(setting, evaluated_run, tmp_path):
     run = run_until(setting, tmp_path / "run", 4, save_steps=2, **HALF)
     shutil.rmtree(run / "checkpoint-4")  # the evaluation of step 4 is done again
+    with (run / "answers.jsonl").open("a") as file:
+        file.write('{"step": 2, "id"')  # someone's editor
     run_plain(setting, run, save_steps=2, **HALF)
     assert same(weights_of(run, 6), weights_of(evaluated_run, 6))
     ours, theirs = log_of(run, "eval"), log_of(evaluated_run, "eval")

@@ -89,6 +89,6 @@ class Ledger:
             found = ", ".join(f"{count} at {kind}" for kind, count in kinds.items())
             raise TooManyBadSamples(
                 f"{bad} of {samples} samples are bad ({found}), more than max_bad_fraction "
-                f"{max_bad_fraction:g} allows; the first: {first.id}: {first.reason}; all are "
-                f"in {self.path}{advice}"
+                f"{max_bad_fraction:g} allows; the first: {first.id}: {first.reason}"
+                + (f"; all are in {self.path}{advice}" if self.writes else "")
             )
