@@ -68,7 +68,7 @@ def budget_of(
     memory = min(world.gather([free_memory(world)]))
     priced = model, trains, config.recompute, SIZES[config.dtype]
     try:
-        state = state_bytes(config, world, model, trains)
+        state = sum(state_of(config, world, model, trains).values())
         fit = fit_budget(*priced, state, memory, lengths, patches, share)
     except CostError as error:
         raise UsageError(f"auto_budget: {error}") from None
@@ -77,10 +77,10 @@ def budget_of(
     return fit.budget, [fit.line()]
 
 
-def state_bytes(
+def state_of(
     config: TrainConfig, world: World, model: VLMConfig, trains: Collection[str]
-) -> int:
-    """Bytes on each device of weights and training state, under the run's engine."""
+) -> dict[str, int]:
+    """Bytes on each device of weights and training state, by kind, under the run's engine."""
     with torch.device("meta"):
         sizes = {n: p.numel() for n, p in VisionLanguageModel(model).named_parameters()}
     trained = sum(size for name, size in sizes.items() if any_trains(name, trains))
@@ -90,10 +90,8 @@ def state_bytes(
         stage = zero["stage"]
         offloads = zero.get("offload_optimizer", {}).get("device") == "cpu"
         offloads &= world.device.type == "cuda"  # else it is the same memory
-    size = SIZES[config.dtype]
-    return sum(
-        training_state(sum(sizes.values()), trained, world.size, size, stage, offloads).values()
-    )
+    total, size = sum(sizes.values()), SIZES[config.dtype]
+    return training_state(total, trained, world.size, size, stage, offloads)
 
 
 def free_memory(world: World) -> int:

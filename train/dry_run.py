@@ -8,14 +8,15 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from train.config import TrainConfig
+from train.budget import state_of
+from train.config import TrainConfig, UsageError
 from train.data import TrainData
 from train.provenance import device_name
 from train.world import World
 from vlm.batch import Batch
 from vlm.cost import flops_by_module
 from vlm.cost.hardware import peak_tflops
-from vlm.cost.memory import Load, peak_activations, training_state
+from vlm.cost.memory import Load, peak_activations
 from vlm.cost.report import SIZES, Setup
 from vlm.data.loader import StepDataset, open_loader
 from vlm.data.plan_report import report
@@ -29,18 +30,57 @@ PLANNED = 100
 
 
 def warm_up(
-    model: VisionLanguageModel, dataset: StepDataset | StreamDataset, world: World
+    config: TrainConfig,
+    world: World,
+    model: VisionLanguageModel,
+    dataset: StepDataset | StreamDataset,
+    trains: Collection[str],
 ) -> float:
-    """Forward and backward of the costliest micro-batch, so that memory fails here or never (but
-    for a stream); its gradients are thrown away. Returns its seconds."""
-    batch = dataset.costliest().to(world.device)
-    began = time.perf_counter()
+    """Forward and backward of the costliest micro-batch, beside as much memory as gradients and
+    optimiser will take, so that memory fails here or never (but for a stream). No gradient is
+    kept. Every rank calls this; returns its seconds.
+
+    Raises UsageError where memory runs out on any rank.
+    """
+    state = state_of(config, world, model.config, trains)
+    beside = sum(state.values()) - state["weights"]
+    batch = dataset.costliest()
+    hooks = [
+        p.register_post_accumulate_grad_hook(_drop) for p in model.parameters() if p.requires_grad
+    ]
+
+    def take() -> float:
+        try:
+            held = torch.empty(beside, dtype=torch.uint8, device=world.device)
+            began = time.perf_counter()
+            _forward_and_backward(model, batch.to(world.device))
+            if world.device.type == "cuda":
+                torch.cuda.synchronize()
+            del held
+            return time.perf_counter() - began
+        except torch.OutOfMemoryError as error:
+            raise UsageError(
+                f"rank {world.rank} runs out of memory in the costliest micro-batch "
+                f"({len(batch.input_ids):,} tokens, {len(batch.patches):,} patches), beside "
+                f"{beside / 1e9:.1f} GB for gradients and optimiser; lower token_budget and "
+                "patch_budget, use auto_budget, gradient_checkpointing full or more ranks "
+                f"({str(error).splitlines()[0]})"
+            ) from None
+
+    try:
+        return world.together(take)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _drop(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+def _forward_and_backward(model: VisionLanguageModel, batch: Batch) -> None:
     hidden = model(batch)
     cross_entropy(hidden, model.head_weight, batch.targets, batch.weights).sum.backward()
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
-    model.zero_grad(set_to_none=True)
-    return time.perf_counter() - began
 
 
 def dry_run(
@@ -67,12 +107,12 @@ def dry_run(
         _print_memory(config, world, data.dataset.costliest(), model, trains)
         print(f"\nthe first sample, {first.ids[0]}, with what is learnt marked by >\n")
         print(marked(first, processor))
-    seconds = warm_up(model, data.dataset, world)
+    seconds = warm_up(config, world, model, data.dataset, trains)
     if world.first:
         print(f"\nthe costliest micro-batch took {seconds:.2f} s forward and backward", end="")
         if world.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(world.device) / 1e9
-            print(f", and {peak:.2f} GB with the weights, without the optimiser's state", end="")
+            print(f", and {peak:.2f} GB with weights, gradients and optimiser", end="")
         print("; nothing was trained")
 
 
@@ -122,13 +162,10 @@ def _print_memory(
     model: VisionLanguageModel,
     trains: Collection[str],
 ) -> None:
-    """Predicted, of one device under ZeRO-2, or of a single process."""
-    parameters = list(model.parameters())
-    total = sum(p.numel() for p in parameters)
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    """Predicted, of one device under the run's engine."""
     size = SIZES[config.dtype]
     load = Load(len(batch.input_ids), len(batch.targets), len(batch.patches))
-    rows = training_state(total, trained, world.size, size)
+    rows = state_of(config, world, model.config, trains)
     rows |= peak_activations(model.config, load, trains, config.recompute, size)
     title = (
         f"memory of a device, predicted, with a micro-batch of {load.tokens:,} tokens, "

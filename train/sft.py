@@ -81,7 +81,7 @@ def train(config: TrainConfig, world: World) -> None:
     with run.writing():
         log = Log(config, world, progress.step, total_steps)
     log.say("\n".join(about))
-    warm_up(model, dataset, world)  # memory fails here or never, but for a stream
+    warm_up(config, world, model, dataset, trains)  # memory fails here or never
     dataset = replace(dataset, features=features)
     evaluator = Evaluator(config, world, processor, data, run)
     workers, timeout = config.dataloader_num_workers, config.dataloader_timeout

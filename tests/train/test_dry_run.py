@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.tiny import hybrid
 from tests.train.runs import command, launch, run_plain, same, weights_of, write_setting
 from train.config import UsageError
 from train.dry_run import marked
@@ -40,6 +42,26 @@ def test_the_run_itself_may_follow_in_the_same_directory(setting, plain_run, tmp
     run = run_plain(setting, tmp_path / "run", dry_run=True)
     run_plain(setting, run)
     assert same(weights_of(run, 6), weights_of(plain_run, 6))
+
+
+def test_memory_that_will_not_do_is_told_before_the_first_step(setting, tmp_path, monkeypatch):
+    """The costliest micro-batch runs beside what gradients and optimiser will take."""
+    held, empty = [], torch.empty
+
+    def measured(*size, **options):
+        if options.get("dtype") is torch.uint8:
+            held.extend(size)
+        return empty(*size, **options)
+
+    def runs_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("train.dry_run.torch.empty", measured)
+    monkeypatch.setattr("train.dry_run._forward_and_backward", runs_out)
+    with pytest.raises(UsageError, match=r"costliest micro-batch \(\d+ tokens, \d+ patches\)"):
+        run_plain(setting, tmp_path / "run")
+    trained = sum(p.numel() for p in hybrid().parameters())
+    assert held[0] == 12 * trained  # moments and gradients in float32
 
 
 @pytest.mark.parametrize("frozen", [{"freeze_aligner"}, {"freeze_llm"}])
