@@ -26,6 +26,7 @@ from vlm.config import VLMConfig
 from vlm.cost import sample_flops_array
 from vlm.data.index_cache import IndexCache, Measures, default_cache_dir, processor_fingerprint
 from vlm.data.index_report import index_report
+from vlm.data.index_snapshot import Snapshot, SourceMeasures
 from vlm.data.index_work import Result, measure_rows, open_executor
 from vlm.data.ledger import Entry
 from vlm.data.options import data_parser, exit_code, open_data
@@ -114,8 +115,9 @@ def build_index(
 ) -> tuple[Index, list[Entry]]:
     """Measure every sample, but for those that the cache knows.
 
-    The rows of the data are all read and hashed; of what is known no text is tokenized and no
-    file opened again, but for the files that were replaced since.
+    Of a source whose files did not change nothing is read but bad rows and a bounded number of
+    samples (`vlm/data/index_snapshot.py`). Else its rows are all read and hashed; of what is known
+    no text is tokenized and no file opened again, but for the files that were replaced since.
 
     Args:
         workers: processes that share the work; 1 is this one alone.
@@ -131,36 +133,36 @@ def build_index(
     """
     fingerprint = processor_fingerprint(processor) if cache_dir else ""
     ahead = 4 * workers if workers > 1 else 0
-    parts, places, bad = [], [np.zeros((0, 4), np.int64)], []
+    found, bad = [], []
     bar = tqdm(desc="index", unit=" samples", disable=None)
     with bar, open_executor(tuple(sources), processor, workers) as executor:
         for number, source in enumerate(sources):
-            cache = IndexCache(cache_dir, fingerprint, source, rebuild)
-            try:
-                results = _measured(number, source, cache, executor, ahead)
-                for chunk, measures, reasons in results:
-                    parts.append(measures)
-                    found = [(number, p.file, p.offset, p.line) for p in chunk.places]
-                    places.append(np.array(found, np.int64)[measures.row])
-                    bad += [
-                        Entry(f"{source.files[p.file]}:{p.line}", reasons[row], "index")
-                        for row, p in enumerate(chunk.places)
-                        if row in reasons
-                    ]
-                    bar.update(len(chunk.rows))
-            finally:
-                cache.save()  # interrupted: what is measured stays measured
-    if not sum(len(part.row) for part in parts):
+            snapshot = Snapshot(cache_dir, fingerprint, source)
+            known = None if rebuild else snapshot.load(processor)
+            if known is None:
+                cache = IndexCache(cache_dir, fingerprint, source, rebuild)
+                try:
+                    known = _joined(_measured(number, source, cache, executor, ahead), bar)
+                finally:
+                    cache.save()  # interrupted: what is measured stays measured
+                snapshot.save(known)
+            found.append(known)
+            bad += [
+                Entry(f"{source.files[place.file]}:{place.line}", reason, "index")
+                for place, reason in known.bad
+            ]
+    whole = Measures.joined([known.measures for known in found])
+    if not len(whole.row):
         names = ", ".join(str(file) for source in sources for file in source.files)
         reason = f"; the first: {bad[0].id}: {bad[0].reason}" if bad else ""
         raise DataError(f"no sample to learn from in {names}{reason}")
-    whole = Measures.joined(parts)
-    source, file, offset, line = np.concatenate(places).T
+    counts = [len(known.places) for known in found]
+    file, offset, line = np.concatenate([known.places for known in found]).T
     owners = np.repeat(np.arange(len(whole.row)), whole.media)
     patches = np.bincount(owners, whole.grids.prod(axis=1), len(whole.row))
     index = Index(
         tuple(sources),
-        source.astype(np.int16),
+        np.repeat(np.arange(len(counts), dtype=np.int16), counts),
         file.astype(np.int32),
         np.ascontiguousarray(offset),
         line.astype(np.int32),
@@ -171,6 +173,18 @@ def build_index(
         whole.grids,
     )
     return index, bad
+
+
+def _joined(results: Iterator[tuple[Chunk, Measures, dict[int, str]]], bar: tqdm) -> SourceMeasures:
+    """Of a whole source, from the results of its chunks."""
+    places, parts, bad = [np.zeros((0, 3), np.int64)], [], []
+    for chunk, measures, reasons in results:
+        found = [(place.file, place.offset, place.line) for place in chunk.places]
+        places.append(np.array(found, np.int64)[measures.row])
+        parts.append(measures)
+        bad += [(chunk.places[row], reason) for row, reason in sorted(reasons.items())]
+        bar.update(len(chunk.rows))
+    return SourceMeasures(np.concatenate(places), Measures.joined(parts), tuple(bad))
 
 
 def _measured(

@@ -6,12 +6,15 @@ leave its other chunks known, and another limit, template or tokenizer is anothe
 
 Bad rows are not kept: they are measured again each time, since a missing image may be there by
 now. A good row has a stamp of its files, and is measured again where one was replaced.
+
+All rows are read for that; `vlm/data/index_snapshot.py` spares it while the data is unchanged.
 """
 
 import os
 import tempfile
 import warnings
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cache
 from hashlib import sha256
@@ -25,8 +28,8 @@ from vlm.data.sources import Source
 
 MOST_CHUNKS = 4096
 """Chunks of a source that are kept though they were not met this time: about 1 M samples."""
-MOST_FILES = 256
-"""In the cache's directory; the ones not used for longest go first."""
+MOST_FILES = 512
+"""In the cache's directory, snapshots among them; the ones not used for longest go first."""
 
 
 def default_cache_dir() -> Path:
@@ -142,9 +145,7 @@ class IndexCache:
         self.changed = rebuild
         if folder is None:
             return
-        paths = [str(path.resolve() if path.exists() else path) for path in source.files]
-        name = sha256(repr((fingerprint, paths)).encode("utf-8", "surrogateescape")).hexdigest()
-        self.path = folder / f"{name[:32]}.npz"
+        self.path = cache_path(folder, fingerprint, source)
         if not rebuild:
             self.known = _load(self.path)
 
@@ -165,7 +166,6 @@ class IndexCache:
         try:
             if self.changed:
                 self._write()
-                _prune(self.path.parent)
             elif self.path.exists():
                 os.utime(self.path)
         except OSError as error:
@@ -179,20 +179,33 @@ class IndexCache:
         others = [item for item in self.known.items() if item[0] not in self.met]
         chunks = dict(others[:MOST_CHUNKS]) | self.met
         whole = Measures.joined(list(chunks.values()))
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=self.path.parent, suffix=".partial")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(
-                    file,
-                    digests=np.frombuffer(b"".join(chunks), np.uint8).reshape(len(chunks), -1),
-                    samples=np.array([len(chunk.row) for chunk in chunks.values()], np.int64),
-                    **vars(whole),
-                )
-            os.replace(partial, self.path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        write_arrays(
+            self.path,
+            digests=np.frombuffer(b"".join(chunks), np.uint8).reshape(len(chunks), -1),
+            samples=np.array([len(chunk.row) for chunk in chunks.values()], np.int64),
+            **vars(whole),
+        )
+
+
+def cache_path(folder: Path, fingerprint: str, source: Source) -> Path:
+    """The file of a source's chunks, for the processor of this `processor_fingerprint`."""
+    paths = [str(path.resolve() if path.exists() else path) for path in source.files]
+    name = sha256(repr((fingerprint, paths)).encode("utf-8", "surrogateescape")).hexdigest()
+    return folder / f"{name[:32]}.npz"
+
+
+def write_arrays(path: Path, **arrays: np.ndarray) -> None:
+    """An `.npz` of these, whole or not at all, in a directory of at most MOST_FILES."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+    _prune(path.parent)
 
 
 def _load(path: Path) -> dict[bytes, Measures]:
@@ -218,6 +231,9 @@ def _load(path: Path) -> dict[bytes, Measures]:
 
 def _prune(folder: Path) -> None:
     """Remove the files that were not used for longest, beyond MOST_FILES."""
-    found = sorted(folder.glob("*.npz"), key=lambda path: path.stat().st_mtime)
-    for path in found[:-MOST_FILES]:
+    found = []
+    for path in folder.glob("*.npz"):
+        with suppress(FileNotFoundError):  # another process prunes too
+            found.append((path.stat().st_mtime, path))
+    for _, path in sorted(found)[:-MOST_FILES]:
         path.unlink(missing_ok=True)

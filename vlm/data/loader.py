@@ -198,7 +198,8 @@ class StepDataset(Dataset):
                 example.id,
                 "has {} tokens ({} learnt) and {} patches".format(*found)
                 + ", but had {} ({}) and {} when it was indexed; ".format(*told)
-                + "its files have changed since; a new start measures them anew",
+                + "its files have changed since; `python -m vlm.data.index --rebuild` with this "
+                "run's data, model and limits measures them anew",
             )
 
 

@@ -46,6 +46,10 @@ class JsonSource(ABC):
     def files(self) -> tuple[Path, ...]:
         return (self.path,)
 
+    @property
+    def stored(self) -> tuple[Path, ...]:
+        return self.files
+
     def chunks(self) -> Iterator[Chunk]:
         return _chunks(islice(self._rows(), self.limit), self.context)
 

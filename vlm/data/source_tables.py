@@ -41,6 +41,10 @@ class TableSource:
     def files(self) -> tuple[Path, ...]:
         return (Path(self.label),)
 
+    @property
+    def stored(self) -> tuple[Path, ...]:
+        return tuple(Path(file["filename"]) for file in self.table.cache_files)
+
     def chunks(self) -> Iterator[Chunk]:
         rows = len(self.table) if self.limit is None else min(len(self.table), self.limit)
         start = 0

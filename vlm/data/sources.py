@@ -78,6 +78,10 @@ class Source(Protocol):
     weight: float
     files: tuple[Path, ...]
     """For messages: the files, or the data set's name alone."""
+    stored: tuple[Path, ...]
+    """The files that the rows are read from; empty where they lie in memory."""
+    limit: int | None
+    context: RowContext
 
     def chunks(self) -> Iterator[Chunk]:
         """All rows up to the limit, in order. Blank lines are none."""
