@@ -19,7 +19,7 @@ import torch
 
 from bench.common import arguments, print_table, write_result
 from bench.make_lengths import FOLDER, hybrid_8b
-from bench.meta import count, micro_batch, on_meta
+from bench.meta import count, on_meta
 from bench.naive import (
     TRAINS,
     every_pair,
@@ -31,7 +31,7 @@ from bench.naive import (
 )
 from vlm.config import TextConfig, VisionConfig, VLMConfig
 from vlm.cost import any_trains, text_flops, vision_flops
-from vlm.cost.samples import Samples
+from vlm.cost.samples import Samples, micro_batch
 from vlm.data.pack import Budget, arrange
 from vlm.data.plan import epoch_order
 from vlm.loss import cross_entropy_sum

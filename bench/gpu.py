@@ -263,13 +263,6 @@ class Gradients:
         return taken
 
 
-def dropped(model: nn.Module) -> None:
-    """Let each gradient go as soon as it exists, as a rank's share of it does under ZeRO."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-
-
 def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Of two gradients, relative to the second's norm."""
     assert found.keys() == expected.keys()

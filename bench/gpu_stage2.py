@@ -35,7 +35,6 @@ from bench.gpu import (
     compiled_twin,
     compiler,
     difference,
-    dropped,
     flops_of,
     hybrid_4b,
     make_sample,
@@ -56,6 +55,7 @@ from bench.make_lengths import hybrid_8b
 from vlm.batch import Batch
 from vlm.config import VLMConfig
 from vlm.cost import CONVENTION, PARTS
+from vlm.gradients import drop_gradients
 from vlm.model import VisionLanguageModel
 
 ROUNDS = 5
@@ -112,7 +112,7 @@ def same_gradient(
 
 def micro_steps(config: VLMConfig, quick: bool, rounds: int) -> list[dict]:
     model = random_model(config, PARTS)
-    dropped(model)
+    drop_gradients(model)
     twin = compiled_twin(model)
     rows = []
     for kind in TARGETS:

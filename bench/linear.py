@@ -27,11 +27,11 @@ from bench.common import (
     write_result,
 )
 from bench.make_lengths import hybrid_8b
-from bench.meta import count, micro_batch, on_meta
+from bench.meta import count, on_meta
 from bench.plot import write_chart
 from vlm.batch import Batch
 from vlm.config import TextConfig, VisionConfig, VLMConfig
-from vlm.cost.samples import Samples
+from vlm.cost.samples import Samples, micro_batch
 from vlm.loss import cross_entropy_sum
 from vlm.model import VisionLanguageModel, initialise
 

@@ -1,4 +1,4 @@
-"""Micro-batches of given sizes, and the FLOPs that torch counts in them on the meta device.
+"""The FLOPs that torch counts in a micro-batch on the meta device.
 
 Nothing is computed there, so that the full-size model runs on any machine. torch counts every pair
 of a segment in attention, the masked ones too.
@@ -12,27 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlm.batch import Batch
-from vlm.config import VLMConfig
-from vlm.cost.samples import Samples
-from vlm.data.collate import collate
-from vlm.data.processor import IGNORED, Example
-
-
-def micro_batch(config: VLMConfig, samples: Samples) -> Batch:
-    """One that packs all of the samples, on the CPU: blank images, and the last tokens learnt."""
-    examples = []
-    for number, (length, learnt) in enumerate(zip(samples.lengths, samples.targets, strict=True)):
-        grids = samples.grids[samples.owners == number]
-        patches = int(grids.prod(axis=1).sum())
-        ids = torch.zeros(length, dtype=torch.int64)
-        ids[: patches // config.vision.merge_unit] = config.image_token_id
-        targets = torch.full((length,), IGNORED)
-        targets[length - learnt :] = 1
-        positions = torch.arange(length).expand(3, -1)
-        pixels = torch.zeros(patches, config.vision.patch_dim, dtype=torch.uint8)
-        blank = (pixels, tuple(map(tuple, grids.tolist())))
-        examples.append(Example(str(number), ids, targets, None, positions, *blank))
-    return collate(examples, config)
 
 
 def on_meta(batch: Batch) -> Batch:

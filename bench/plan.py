@@ -5,11 +5,15 @@
 An epoch of each file of bench/lengths (`make_lengths.py` says how they were made) is arranged for
 8 and 64 ranks, 16 samples a rank and step as in the recipe, in three ways:
 
-- naive: samples dealt to the ranks in turn, two in a micro-batch, as a distributed sampler does;
+- naive: samples dealt to the ranks in turn, two in a micro-batch, as a distributed sampler does,
+  padded to the longer one;
 - samples: two in a micro-batch, balanced by cost;
 - packed: the default.
 
-Fewest is how many micro-batches a rank the budgets ask for at least. Balance is FLOPs of the mean
+Fill is the share of real tokens and patches in what is computed. A packed plan computes nothing
+else but a dummy image where there is none, whatever it packs, so that two more figures say how well
+it packs: the use of both budgets, and full packing, the fewest micro-batches that the budgets allow
+over those that there are. Balance is FLOPs of the mean
 rank / of the slowest; waiting is the mean rank's share of time where ranks meet in every
 micro-batch, as ZeRO-2's do. The planning time is of a million samples drawn from the file: every
 global batch of an epoch, arranged, on one core.
@@ -84,8 +88,9 @@ def planning_seconds(plan: Plan) -> float:
 
 def figures_of(name: str, world: int, kind: str, million: int) -> dict:
     plan = plan_of(name, world, "packed" if kind == "packed" else "samples")
-    found = summarise(plan, naive(plan)) if kind == "naive" else report(plan)
+    found = summarise(plan, naive(plan), padded=True) if kind == "naive" else report(plan)
     row = {"data": name, "ranks": world, "plan": kind, **asdict(found)}
+    row["full_packing"] = found.fewest_micro_batches / found.micro_batches
     if kind == "packed":
         taken = planning_seconds(plan_of(name, world, "packed", million))
         row["seconds_per_million"] = round(taken * MILLION / million, 1)
@@ -101,8 +106,8 @@ def main(given: Sequence[str] | None = None) -> int:
         for world in worlds
         for kind in ("naive", "samples", "packed")
     ]
-    shown = ("data", "ranks", "plan", "micro_batches", "fewest_micro_batches", "fill", "token_use")
-    shown += ("patch_use", "balance", "waiting", "seconds_per_million")
+    shown = ("data", "ranks", "plan", "micro_batches", "fewest_micro_batches", "full_packing", "fill")
+    shown += ("token_use", "patch_use", "balance", "waiting", "seconds_per_million")
     print_table([{name: row.get(name, "") for name in shown} for row in rows])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"peak memory {peak:.2f} GiB")

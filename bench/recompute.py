@@ -27,11 +27,11 @@ from bench.common import (
     summary,
     write_result,
 )
-from bench.meta import micro_batch
 from vlm.config import TextConfig, VisionConfig, VLMConfig
 from vlm.cost import PARTS
 from vlm.cost.memory import Load, peak_activations, saved_activations
-from vlm.cost.samples import Samples
+from vlm.cost.samples import Samples, micro_batch
+from vlm.gradients import drop_gradients
 from vlm.loss import cross_entropy
 from vlm.model import VisionLanguageModel, initialise
 from vlm.recompute import Policy
@@ -58,8 +58,7 @@ def measure(tokens: int, targets: int, side: int, rounds: int) -> tuple[str, lis
     model = VisionLanguageModel(CONFIG)
     initialise(model, torch.Generator().manual_seed(0))
     model.to(device, dtype)
-    for parameter in model.parameters():  # gradients leave at once, as they do under ZeRO
-        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    drop_gradients(model)
     sample = Samples.of([(tokens, targets, [[1, side, side]])])
     batch = micro_batch(CONFIG, sample).to(device)
 

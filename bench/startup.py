@@ -4,14 +4,16 @@
 
 From the opening of the data to the micro-batches of the first step, in one process, as
 train/data.py does it: the index from its cache, its fingerprint and costs, the plan and its
-report, and the first step's samples read, decoded and collated. The cache is made beforehand. Rows
-are unlike each other, images are a few files. A row of text is read and hashed; of one with an
-image the file is looked at, too.
+report, and the first step's samples read, decoded and collated. The cache is made beforehand, with
+the snapshot that a real start leaves (`vlm/data/index_snapshot.py`). So no row of text is read but
+the step's; of the rows with an image 256 are, and their files looked at. What still grows are the
+columns of numbers, loaded and sorted. Rows are unlike each other, images are a few files.
 """
 
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -36,6 +38,7 @@ from vlm.data.formats import parse_row
 from vlm.data.formats.context import RowContext
 from vlm.data.index import build_index
 from vlm.data.index_cache import IndexCache, Measures, media_stamp, processor_fingerprint
+from vlm.data.index_snapshot import SETTLED_NS
 from vlm.data.loader import StepDataset, make_plan
 from vlm.data.pack import Budget
 from vlm.data.plan import Position
@@ -69,7 +72,8 @@ def row(kind: str, number: int) -> dict:
 
 
 def fill_cache(path: Path, kind: str, processor: Processor, cache: Path) -> None:
-    """What an earlier run would have left: the sizes of each row, and the stamp of its image.
+    """What an earlier run would have left: the sizes of each row and the stamp of its image, and
+    the snapshot, which a start makes of them.
 
     A digit is a token, so that rows with as many digits and the same image are alike.
     """
@@ -90,6 +94,7 @@ def fill_cache(path: Path, kind: str, processor: Processor, cache: Path) -> None
             number += 1
         known.put(chunk.digest, Measures.of(sizes, stamps))
     known.save()
+    build_index(open_sources([str(path)]), processor, cache_dir=cache)
 
 
 def start(path: Path, processor: Processor, cache: Path) -> dict[str, float]:
@@ -119,11 +124,11 @@ def measure(folder: Path, sizes: Sequence[int], rounds: int) -> list[dict]:
     processor, cache = Processor.from_pretrained(GOLDEN_MODEL), folder / "cache"
     for number in range(IMAGES):
         Image.effect_noise((112, 112), 40 + number).save(folder / f"{number}.png")
-    paths = {}
-    for kind in KINDS:
-        for size in sizes:
-            paths[kind, size] = write_rows(folder, kind, size)
-            fill_cache(paths[kind, size], kind, processor, cache)
+    keys = [(kind, size) for kind in KINDS for size in sizes]
+    paths = {key: write_rows(folder, *key) for key in keys}
+    time.sleep(SETTLED_NS / 1e9 + 0.1)
+    for (kind, _), path in paths.items():
+        fill_cache(path, kind, processor, cache)
     parts: dict[tuple[str, int], list[dict]] = {key: [] for key in paths}
 
     def of(key: tuple[str, int]) -> float:

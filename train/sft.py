@@ -15,16 +15,17 @@ from pathlib import Path
 
 import torch
 
-from train.command_line import parse
-from train.config import TrainConfig, UsageError
+from train.config import TrainConfig
 from train.data import open_data, open_features, open_processor
 from train.dry_run import dry_run, warm_up
 from train.engine import check_engine, start_engine
 from train.evaluate import Evaluator
 from train.fragments import restore_engine
-from train.freeze import banner, freeze, trained_parts
+from train.freeze import banner, trained_parts
 from train.metrics import Log, introduction
+from train.model import open_model
 from train.optim import learning_rate_scale, set_learning_rate
+from train.process import run_process
 from train.profiling import Profiler
 from train.report import summarise
 from train.state import Run, RunError
@@ -32,19 +33,11 @@ from train.stop import END, Stop
 from train.trackers import check_trackers
 from train.window import Window
 from train.world import World
-from vlm.checkpoint import CheckpointError, load_model
-from vlm.compile import compile_blocks
 from vlm.data.features import keeping
-from vlm.data.ledger import TooManyBadSamples
 from vlm.data.loader import open_loader
-from vlm.data.sources import DataError
-from vlm.data.watch import DataWorkerError
-from vlm.hf_config import ConfigError
 from vlm.hub import resolve_model
 from vlm.loss import cross_entropy
 
-MISTAKES = (UsageError, ConfigError, CheckpointError, DataError, TooManyBadSamples)
-"""What was asked for cannot be done."""
 REFUSED_IN_A_ROW = 3
 """So many steps with a loss or gradient that is not finite end the run."""
 
@@ -65,16 +58,11 @@ def train(config: TrainConfig, world: World) -> None:
     dataset, progress, total_steps = data.dataset, data.progress, data.total_steps
 
     # ---- model and engine
-    dtype = getattr(torch, config.dtype)
-    model = world.together(lambda: load_model(model_dir, dtype, world.device)).train()
-    groups = freeze(model, config)
+    model, groups = world.together(lambda: open_model(model_dir, config, world.device))
     run.check_start(model, groups, found)
-    model.set_recompute(*config.recompute)
-    if config.compile:
-        compile_blocks(model)
+    features, of_features = open_features(config, world, model.visual)
     about = [f"model {model_dir}"]  # a hub's revision is in it, for a run that started from there
     about += [introduction(config, world, data), banner(model, groups, config)]
-    features, of_features = open_features(config, world, model.visual)
     about += [*run.about, *data.about, *of_features]
     if config.dry_run:
         return dry_run(config, world, processor, data, model, trains, about)
@@ -171,28 +159,7 @@ def _given_model(config: TrainConfig, world: World) -> Path:
 
 
 def main() -> int:
-    world = None
-    try:
-        config = parse()
-        world = World.start(config.deterministic, config.ddp_timeout)
-        train(config, world)
-        return 0
-    except (*MISTAKES, RunError, DataWorkerError) as error:
-        # known to every rank, but for the last, where the launcher ends the others
-        if world is None or world.first or isinstance(error, DataWorkerError):
-            print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, MISTAKES) else 1
-    except KeyboardInterrupt:
-        if world is None or world.first:
-            print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
-        return 130
-    except RuntimeError as error:
-        if world is not None:
-            world.leave_if_rank_lost(error)
-        raise
-    finally:
-        if world is not None:
-            world.stop()
+    return run_process(train)
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def test_steps_that_are_not_finite_are_refused_and_named(setting, tmp_path, monk
 
     monkeypatch.setattr(train.sft, "start_engine", poisoned)
     config = TrainConfig(**setting, output_dir=tmp_path / "run", **OPTIONS)
-    monkeypatch.setattr(train.sft, "parse", lambda: config)
+    monkeypatch.setattr("train.process.parse", lambda: config)
     assert train.sft.main() == 1
     log = tmp_path / "run" / "log.jsonl"
     assert capsys.readouterr().err == f"error: 3 steps refused in a row; see {log}\n"

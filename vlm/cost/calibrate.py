@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -26,9 +26,9 @@ from vlm.checkpoint import write_json
 from vlm.config import VLMConfig
 from vlm.cost.flops import flops_by_module
 from vlm.cost.report import SIZES, STAGES
+from vlm.cost.samples import Samples, micro_batch
 from vlm.cost.trained import any_trains
-from vlm.data.collate import collate
-from vlm.data.processor import Example
+from vlm.gradients import drop_gradients
 from vlm.hf_config import ConfigError, read_config
 from vlm.loss import cross_entropy_sum
 from vlm.model import VisionLanguageModel, initialise
@@ -38,33 +38,6 @@ MODULES = ("vision tower", "merger", "decoder linear", "causal attention", "head
 ROUNDS = 5
 SHORT = 64
 """Tokens of a short sample: hardly any attention."""
-
-
-@dataclass(frozen=True)
-class Content:
-    """Of a micro-batch: samples of equal length, the first of which hold an image each."""
-
-    samples: int
-    tokens: int
-    targets: int
-    grid: tuple[int, int, int] | None = None
-
-    def flops(self, config: VLMConfig, trains: Collection[str]) -> dict[str, float]:
-        grids = np.array([self.grid] * self.samples if self.grid else [], np.int64).reshape(-1, 3)
-        lengths = np.full(self.samples, self.tokens)
-        return flops_by_module(config, lengths, grids, np.full(self.samples, self.targets), trains)
-
-    def batch(self, config: VLMConfig) -> Batch:
-        ids = torch.zeros(self.tokens, dtype=torch.int64)
-        targets = torch.full((self.tokens,), -100)
-        targets[-self.targets :] = 1
-        patches = self.grid[0] * self.grid[1] * self.grid[2] if self.grid else 0
-        ids[: patches // config.vision.merge_unit] = config.image_token_id
-        pixels = torch.randint(0, 256, (patches, config.vision.patch_dim), dtype=torch.uint8)
-        positions = torch.arange(self.tokens).expand(3, -1)
-        grids = (self.grid,) if self.grid else ()
-        example = Example("random", ids, targets, None, positions, pixels, grids)
-        return collate([example] * self.samples, config)
 
 
 def calibrate(
@@ -87,24 +60,23 @@ def calibrate(
     model.to(device, dtype).set_recompute(recompute, recompute)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any_trains(name, trains))
-        if parameter.requires_grad:  # gradients leave at once, as they do under ZeRO
-            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    visual = side * side // config.vision.merge_unit
+    drop_gradients(model)
+    image, visual = [1, side, side], side * side // config.vision.merge_unit
     contents = {
-        "short": Content(tokens // SHORT, SHORT, 1),
-        "long": Content(1, tokens, tokens // SHORT),
-        "images": Content(max(1, tokens // (2 * visual)), 2 * visual, 1, (1, side, side)),
-        "mixed": Content(max(1, tokens // (4 * visual)), 3 * visual, visual, (1, side, side)),
+        "short": Samples.of([(SHORT, 1, [])] * (tokens // SHORT)),
+        "long": Samples.of([(tokens, tokens // SHORT, [])]),
+        "images": Samples.of([(2 * visual, 1, [image])] * max(1, tokens // (2 * visual))),
+        "mixed": Samples.of([(3 * visual, visual, [image])] * max(1, tokens // (4 * visual))),
     }
-    flops = {name: content.flops(small, trains) for name, content in contents.items()}
+    flops = {name: _flops(small, samples, trains) for name, samples in contents.items()}
     rows = tokens // 2
     hidden = torch.randn(rows, config.text.hidden_size, device=device, dtype=dtype)
     hidden.requires_grad_()
     ids = torch.zeros(rows, dtype=torch.int64, device=device)
-    works = {name: _step(model, c.batch(small).to(device)) for name, c in contents.items()}
+    works = {name: _step(model, micro_batch(small, s).to(device)) for name, s in contents.items()}
     works["loss"] = lambda: cross_entropy_sum(hidden, model.head_weight, ids).backward()
     seconds = _medians(works, device)
-    of_loss = Content(1, rows, rows).flops(small, trains)["head"]
+    of_loss = _flops(small, Samples.of([(rows, rows, [])]), trains)["head"]
     found = {"head": seconds["loss"] / of_loss}
     # text alone: two equations, for the products and for attention
     names = ["decoder linear", "causal attention"]
@@ -122,6 +94,10 @@ def calibrate(
         "seconds_per_flop": found,
         "check": {"predicted": predicted, "measured": seconds["mixed"]},
     }
+
+
+def _flops(config: VLMConfig, samples: Samples, trains: Collection[str]) -> dict[str, float]:
+    return flops_by_module(config, samples.lengths, samples.grids, samples.targets, trains)
 
 
 def _step(model: VisionLanguageModel, batch: Batch) -> Callable[[], None]:

@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from vlm.config import VisionConfig
+from vlm.batch import Batch
+from vlm.config import VisionConfig, VLMConfig
+from vlm.data.collate import collate
 from vlm.data.image import BadImage, smart_resize
 from vlm.data.limits import Limits
+from vlm.data.processor import IGNORED, Example
 
 FORM = '{"length": 700, "targets": 80, "grids": [[1, 36, 52]]}'
 LARGEST = 10**6
@@ -61,6 +65,24 @@ class Samples:
             np.array(grids, np.int64).reshape(-1, 3),
             np.array(owners, np.int64),
         )
+
+
+def micro_batch(config: VLMConfig, samples: Samples) -> Batch:
+    """One that packs all of the samples, on the CPU: random images first, and the last tokens
+    learnt."""
+    examples = []
+    for number, (length, learnt) in enumerate(zip(samples.lengths, samples.targets, strict=True)):
+        grids = samples.grids[samples.owners == number]
+        patches = int(grids.prod(axis=1).sum())
+        ids = torch.zeros(length, dtype=torch.int64)
+        ids[: patches // config.vision.merge_unit] = config.image_token_id
+        targets = torch.full((length,), IGNORED)
+        targets[length - learnt :] = 1
+        positions = torch.arange(length).expand(3, -1)
+        pixels = torch.randint(0, 256, (patches, config.vision.patch_dim), dtype=torch.uint8)
+        media = (pixels, tuple(map(tuple, grids.tolist())))
+        examples.append(Example(str(number), ids, targets, None, positions, *media))
+    return collate(examples, config)
 
 
 def read_samples(path: Path, vision: VisionConfig) -> Samples:

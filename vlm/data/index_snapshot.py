@@ -10,7 +10,7 @@ Bad rows are measured again at each start, since a missing image may be there by
 with media in files only SAMPLED are looked at, so that a start takes as long for any number of
 them; where one was replaced, the chunk cache finds all that were. A few replaced files among many
 are thus planned as they were, until the data file changes or `python -m vlm.data.index --rebuild`;
-the loader finds them at decoding.
+the loader finds them at decoding, and leaves out those whose size is another.
 """
 
 import json
@@ -20,7 +20,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from stat import S_ISREG
 from time import time_ns
 
 import numpy as np
@@ -136,11 +135,9 @@ class Snapshot:
 
 def _states(paths: Sequence[Path]) -> list[list[int]]:
     """Size, times of change of content and of anything (nanoseconds), and inode of each file;
-    empty where one is no file whose state tells of its content."""
+    empty where one is gone."""
     try:
         found = [path.stat() for path in paths]
     except OSError:
-        return []
-    if not all(S_ISREG(stat.st_mode) for stat in found):
         return []
     return [[stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino] for stat in found]

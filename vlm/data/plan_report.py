@@ -29,7 +29,8 @@ class PlanReport:
     skipped: float
     """Share of samples that are left out, since they train nothing."""
     fill: float
-    """Real tokens and patches among those that are computed; the rest is dummies."""
+    """Real tokens and patches among those that are computed; the rest is dummies, and padding where
+    there is any."""
     token_use: float
     patch_use: float
     """Of the budgets."""
@@ -64,11 +65,17 @@ def report(plan: Plan, most_steps: int | None = None, epoch: int = 0) -> PlanRep
     return summarise(plan, [plan.ranks(position) for position in positions])
 
 
-def summarise(plan: Plan, steps: Sequence[list[list[list[int]]]]) -> PlanReport:
-    """The figures of some arranged steps: each [rank][micro-batch][sample]."""
+def summarise(
+    plan: Plan, steps: Sequence[list[list[list[int]]]], padded: bool = False
+) -> PlanReport:
+    """The figures of some arranged steps: each [rank][micro-batch][sample].
+
+    Args:
+        padded: the loop pads the samples of a micro-batch to the longest, as ours never does.
+    """
     budget = plan.budget
     limits = np.array([budget.tokens, budget.patches])
-    bins = least = kept = tokens = patches = dummies = 0
+    bins = least = kept = tokens = patches = beside = 0
     mean = slowest_rank = slowest_bin = 0.0
     for ranks in steps:
         shape = len(ranks), len(ranks[0])
@@ -84,7 +91,11 @@ def summarise(plan: Plan, steps: Sequence[list[list[list[int]]]]) -> PlanReport:
         kept += len(numbers)
         tokens += int(plan.lengths[numbers].sum())
         patches += int(plan.patches[numbers].sum())
-        dummies += int((sizes == 0).sum()) + DUMMY_PATCHES * int((images == 0).sum())
+        beside += int((sizes == 0).sum()) + DUMMY_PATCHES * int((images == 0).sum())
+        if padded:
+            longest = np.zeros(len(sizes), np.int64)
+            np.maximum.at(longest, owner, plan.lengths[numbers])
+            beside += int((longest * sizes).sum() - plan.lengths[numbers].sum())
         mean += costs.sum() / shape[0]
         slowest_rank += costs.sum(axis=1).max()
         slowest_bin += costs.max(axis=0).sum()
@@ -98,7 +109,7 @@ def summarise(plan: Plan, steps: Sequence[list[list[list[int]]]]) -> PlanReport:
         fewest_micro_batches=least / len(steps),
         samples_per_micro_batch=kept / bins,
         skipped=_skipped_share(plan) if share < 1 else 1 - kept / total,
-        fill=(tokens + patches) / (tokens + patches + dummies),
+        fill=(tokens + patches) / (tokens + patches + beside),
         token_use=tokens / (bins * budget.tokens),
         patch_use=patches / (bins * budget.patches),
         balance=mean / slowest_rank if slowest_rank else 1.0,
