@@ -18,7 +18,7 @@ help:
 	@echo "make test-full     the slow tests and those for a GPU as well, then the demo"
 	@echo "make soak          the tests with long counts"
 	@echo "make test-browser  the tests that drive a browser"
-	@echo "make bench         every script in bench/, half an hour (ARGS=--quick: one minute)"
+	@echo "make bench         every script in bench/ (ARGS=--quick: their smallest sizes)"
 	@echo "make peers         bench/peers beside ms-swift, in .venv-swift (ARGS= for its options)"
 	@echo "make lint          formatting and lint, without changing a file"
 

@@ -19,6 +19,7 @@ SCRIPTS = (
     "flops",
     "plan",
     "linear",
+    "calibrate",
     "loss_memory",
     "recompute",
     "syncs",

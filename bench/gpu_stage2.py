@@ -18,7 +18,8 @@ moments. TFLOP/s count useful FLOPs only (`vlm.cost.CONVENTION`), for both ways 
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -61,6 +62,7 @@ from vlm.model import VisionLanguageModel
 ROUNDS = 5
 TARGETS = {"text": ">= 60 % of the peak, useful", "mixed": ">= 55 % of the peak, useful"}
 CLIP = 1.0
+NAIVE_POLICY = "full-full"
 SAME = 1e-4
 """Relative difference of two float32 gradients that are the same but for rounding."""
 
@@ -119,29 +121,36 @@ def micro_steps(config: VLMConfig, quick: bool, rounds: int) -> list[dict]:
         samples = pack_of(config, kind, quick)
         naive_step, our_step = steps_of(model, samples)
         compiled_step = steps_of(twin, samples)[1]
-        policies = {"naive": "full-full"}
-        policies["ours"] = set_fastest(model, our_step)
-        policies["compiled"] = set_fastest(twin, compiled_step)
-        steps = {"naive": naive_step, "ours": our_step, "compiled": compiled_step}
-        rows += timed(kind, config, samples, policies, steps, {"compiled": twin}, model, rounds)
+        ways = {
+            "naive": Way(model, naive_step, NAIVE_POLICY),
+            "ours": Way(model, our_step, set_fastest(model, our_step)),
+            "compiled": Way(twin, compiled_step, set_fastest(twin, compiled_step)),
+        }
+        rows += timed(kind, samples, ways, rounds)
     return rows
 
 
-def timed(kind, config, samples, policies, steps, models, model, rounds) -> list[dict]:
-    """A row for each way."""
+class Way(NamedTuple):
+    model: VisionLanguageModel
+    step: Step
+    policy: str
+    """Of the ViT and of the language model, `full-full`."""
 
-    def measure(name: str) -> float:
-        models.get(name, model).set_recompute(*policies[name].split("-"))
-        return seconds(steps[name])
+    def seconds(self) -> float:
+        self.model.set_recompute(*self.policy.split("-"))
+        return seconds(self.step)
 
-    measures = {name: lambda name=name: measure(name) for name in steps}
+
+def timed(kind: str, samples: Sequence[Sample], ways: Mapping[str, Way], rounds: int) -> list[dict]:
+    """A row for each way of going through the samples, the naive one among them."""
+    measures = {name: way.seconds for name, way in ways.items()}
     interleaved(1, measures)  # warm
     taken = interleaved(rounds, measures)
     sizes = [(len(sample.ids), sample.learnt, sample.grids) for sample in samples]
-    useful = flops_of(config, sizes, PARTS)
+    useful = flops_of(ways["naive"].model.config, sizes, PARTS)
     rows = []
     for name, times in taken.items():
-        row = {"pack": kind, "way": name, "samples": len(samples), "policy": policies[name]}
+        row = {"pack": kind, "way": name, "samples": len(samples), "policy": ways[name].policy}
         row |= {"tokens": sum(len(sample.ids) for sample in samples), "seconds": summary(times)}
         rows.append(row | speed(useful, times) | {"times naive": ratios(taken["naive"], times)})
     return rows
@@ -176,9 +185,11 @@ def whole_steps(config: VLMConfig, quick: bool, rounds: int) -> list[dict]:
         return lambda: (step(), trainer.update())
 
     naive_step, our_step = map(with_update, steps_of(model, samples))
-    policies = {"naive": "full-full", "ours": set_fastest(model, our_step)}
-    steps = {"naive": naive_step, "ours": our_step}
-    return timed("mixed, AdamW step", config, samples, policies, steps, {}, model, rounds)
+    ways = {
+        "naive": Way(model, naive_step, NAIVE_POLICY),
+        "ours": Way(model, our_step, set_fastest(model, our_step)),
+    }
+    return timed("mixed, AdamW step", samples, ways, rounds)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -18,20 +18,45 @@ from vlm.cost.samples import Samples
 
 TRAINS = {1: ("aligner",), 2: PARTS}
 """Parts, by stage."""
+USEFUL = "useful"
+FROZEN = "gradients through the frozen ViT"
+"""Its blocks computed again among it."""
 
 
 def naive_flops(config: VLMConfig, samples: Samples, stage: int) -> int:
     """Of an even number of samples, each two of which are a micro-batch."""
-    longest = samples.lengths.reshape(-1, 2).max(axis=1)
-    decoder = every_pair(text_flops(config.text, longest, longest, TRAINS[stage]), longest)
-    total = 2 * int((decoder + _layers_again(config.text, longest)).sum())
-    merger = vision_flops(config.vision, *samples.grids.T, TRAINS[stage])["merger"]
-    tower = vision_flops(config.vision, *samples.grids.T, PARTS)["vision tower"]
-    total += int((merger + tower + _blocks_again(config.vision, samples.grids)).sum())
-    if stage == 1:
-        total += merger_norm_flops(config.vision, samples)
-        total -= int(_tower_weights(config.vision, samples.grids).sum())
-    return total
+    return list(growth(config, samples, stage).values())[-1]
+
+
+def growth(config: VLMConfig, samples: Samples, stage: int) -> dict[str, int]:
+    """From the useful FLOPs of a gradient to the loop's: what it does -> its FLOPs with that and
+    all above. The samples as in `naive_flops`."""
+    trains = TRAINS[stage]
+    longest = samples.lengths.reshape(-1, 2).max(axis=1).repeat(2)
+    media = int(sum(vision_flops(config.vision, *samples.grids.T, trains).values()).sum())
+
+    def decoder(lengths: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        return sum(text_flops(config.text, lengths, targets, trains).values())
+
+    own = decoder(samples.lengths, samples.targets)
+    whole = every_pair(text_flops(config.text, longest, longest, trains), longest)
+    again = _layers_again(config.text, longest)
+    found = {
+        USEFUL: own[(samples.patches > 0) | (stage == 2)].sum(),
+        "text alone": own.sum(),
+        "padding": decoder(longest, samples.targets).sum(),
+        "logits of every token": decoder(longest, longest).sum(),
+        "masked pairs of attention": whole.sum(),
+        "blocks computed again": (whole + again).sum(),
+    }
+    found = {name: media + int(flops) for name, flops in found.items()}
+    done = found["blocks computed again"]
+    if stage == 2:
+        found["blocks computed again"] += int(_blocks_again(config.vision, samples.grids).sum())
+    else:
+        through = frozen_tower_flops(config.vision, samples)
+        found[FROZEN] = done + through + merger_norm_flops(config.vision, samples)
+    return found
 
 
 def frozen_tower_flops(vision: VisionConfig, samples: Samples) -> int:

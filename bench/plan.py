@@ -106,8 +106,8 @@ def main(given: Sequence[str] | None = None) -> int:
         for world in worlds
         for kind in ("naive", "samples", "packed")
     ]
-    shown = ("data", "ranks", "plan", "micro_batches", "fewest_micro_batches", "full_packing", "fill")
-    shown += ("token_use", "patch_use", "balance", "waiting", "seconds_per_million")
+    shown = ("data", "ranks", "plan", "micro_batches", "fewest_micro_batches", "full_packing")
+    shown += ("fill", "token_use", "patch_use", "balance", "waiting", "seconds_per_million")
     print_table([{name: row.get(name, "") for name in shown} for row in rows])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"peak memory {peak:.2f} GiB")

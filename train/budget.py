@@ -2,7 +2,8 @@
 
 They are derived at the run's first start and recorded in `budget.json` of the run. A resume takes
 them from there, and so goes on with the same micro-batches, unless something they follow from has
-changed: then they are derived anew, which changes no gradient.
+changed or the device has too little memory for them: then they are derived anew, which changes no
+gradient.
 """
 
 import json
@@ -20,13 +21,20 @@ from train.state import Run
 from train.world import World
 from vlm.checkpoint import write_json
 from vlm.config import VLMConfig
-from vlm.cost.budget import Fit, fit_budget
-from vlm.cost.memory import training_state
+from vlm.cost.budget import MARGIN, Fit, fit_budget
+from vlm.cost.memory import BUCKET, training_state
 from vlm.cost.report import SIZES
 from vlm.cost.samples import CostError
 from vlm.cost.trained import any_trains
 from vlm.data.pack import Budget
 from vlm.model import VisionLanguageModel
+from vlm.recompute import Policies
+
+GROUP = Path("/sys/fs/cgroup")
+"""Of a container, where its memory is told (cgroup v2)."""
+UNEVEN = 0.02
+"""Share of the memory by which less may be free at a resume: another process, another driver. What
+is free is never the same to a byte, and other budgets are other micro-batches."""
 
 
 def budget_of(
@@ -54,21 +62,24 @@ def budget_of(
         "global_batch_size": global_batch_size,
         "trains": sorted(trains),
         "recompute": list(config.recompute),
+        "compile": config.compile,
         "dtype": config.dtype,
         "deepspeed": config.deepspeed,
         "largest": [int(lengths.max()), int(patches.max())],
     }
     file = run.dir / "budget.json"
-    if resumes and (found := world.from_first(lambda: _recorded(file, cause))):
+    memory = min(world.gather([free_memory(world)]))
+    if resumes and (found := world.from_first(lambda: _recorded(file, cause, memory))):
         budget = Budget(tokens=found["tokens"], patches=found["patches"])
         return budget, [
             f"budgets of a micro-batch, as before: {budget.tokens:,} tokens, "
             f"{budget.patches:,} patches"
         ]
-    memory = min(world.gather([free_memory(world)]))
-    priced = model, trains, config.recompute, SIZES[config.dtype]
+    priced = model, trains, priced_recompute(config), SIZES[config.dtype]
+    with torch.device("meta"):
+        weights = VisionLanguageModel(model)
+    state = sum(state_of(config, world, weights, trains).values())
     try:
-        state = sum(state_of(config, world, model, trains).values())
         fit = fit_budget(*priced, state, memory, lengths, patches, share)
     except CostError as error:
         raise UsageError(f"auto_budget: {error}") from None
@@ -78,20 +89,34 @@ def budget_of(
 
 
 def state_of(
-    config: TrainConfig, world: World, model: VLMConfig, trains: Collection[str]
+    config: TrainConfig, world: World, model: VisionLanguageModel, trains: Collection[str]
 ) -> dict[str, int]:
-    """Bytes on each device of weights and training state, by kind, under the run's engine."""
-    with torch.device("meta"):
-        sizes = {n: p.numel() for n, p in VisionLanguageModel(model).named_parameters()}
+    """Bytes on each device of weights and training state, by kind, under the run's engine.
+
+    Args: model: for its sizes; it may be on the meta device.
+    """
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
     trained = sum(size for name, size in sizes.items() if any_trains(name, trains))
-    stage, offloads = 0, False
+    stage, offloads, bucket = 0, False, BUCKET
     if config.deepspeed and world.launched:
         zero = deepspeed_config(config, world.size)["zero_optimization"]
         stage = zero["stage"]
         offloads = zero.get("offload_optimizer", {}).get("device") == "cpu"
-        offloads &= world.device.type == "cuda"  # else it is the same memory
+        bucket = int(zero.get("reduce_bucket_size", BUCKET))
+        if world.device.type == "cpu":
+            offloads = False  # it is the same memory
+            bucket = min(bucket, trained)  # pages that nothing is written to are not taken
     total, size = sum(sizes.values()), SIZES[config.dtype]
-    return training_state(total, trained, world.size, size, stage, offloads)
+    return training_state(total, trained, world.size, size, stage, offloads, bucket)
+
+
+def priced_recompute(config: TrainConfig) -> Policies:
+    """What the memory model is told: where `pointwise` is asked for, a compiled block keeps more,
+    though no more than under `none`."""
+    if not config.compile:
+        return config.recompute
+    vit, llm = ("none" if policy == "pointwise" else policy for policy in config.recompute)
+    return vit, llm
 
 
 def free_memory(world: World) -> int:
@@ -101,19 +126,25 @@ def free_memory(world: World) -> int:
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     figures = dict(line.split(":") for line in lines)
     free = 1024 * int(figures["MemAvailable"].split()[0])
-    group = Path("/sys/fs/cgroup")  # of a container; "max" where it has no limit
-    with suppress(OSError, ValueError):
-        limit = int((group / "memory.max").read_text(encoding="utf-8"))
-        used = int((group / "memory.current").read_text(encoding="utf-8"))
-        free = min(free, limit - used)
+    with suppress(OSError, ValueError, KeyError):  # "max" where it has no limit
+        limit, used = (
+            int((GROUP / f"memory.{name}").read_text(encoding="utf-8"))
+            for name in ("max", "current")
+        )
+        lines = (GROUP / "memory.stat").read_text(encoding="utf-8").splitlines()
+        kinds = dict(line.split() for line in lines)
+        # files that were read: the kernel drops them where memory is asked for
+        cached = int(kinds["inactive_file"]) + int(kinds["active_file"])
+        free = min(free, limit - used + cached)
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def _recorded(file: Path, cause: dict) -> dict | None:
-    """None where there is none, or what it follows from has changed."""
+def _recorded(file: Path, cause: dict, memory: int) -> dict | None:
+    """None where there is none, what it follows from has changed, or it does not fit `memory`."""
     with suppress(OSError, ValueError, TypeError, KeyError):
         record = json.loads(file.read_text(encoding="utf-8"))
-        if record["cause"] == cause:
+        needed = record["bytes"]["state"] + record["bytes"]["activations"]
+        if record["cause"] == cause and needed <= memory * (1 - MARGIN + UNEVEN):
             return record
     return None
 

@@ -3,6 +3,7 @@ is held out of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from train.budget import budget_of
 from train.config import TrainConfig, UsageError
 from train.state import Progress, Run
 from train.world import World
-from vlm.data.features import FeatureCache, measure
+from vlm.config import VLMConfig
+from vlm.cost import vision_flops
+from vlm.cost.report import SIZES
+from vlm.data.features import FeatureCache, bytes_in, measure
 from vlm.data.index import Index, build_index
 from vlm.data.index_cache import default_cache_dir
 from vlm.data.index_report import index_report
@@ -104,19 +108,30 @@ def open_data(
     held_out = _measure_held_out("val_dataset", config, world, processor, ledger)
     text_probe = _measure_held_out("text_probe", config, world, processor, ledger)
     bad: list[Entry] = []
-    told = config, world, run, processor.config, trains
+    choose = partial(budget_of, config, world, run, processor.config, trains, resumes=bool(resumed))
     if config.streaming:
         stream = world.from_first(lambda: _find_stream(config))
         data = stream.fingerprint(processor, config.stream_window)
         progress = resumed or run.begin(0, data)
         run.check(progress, 0, data)
-        shape = (progress.global_batch_size, config.stream_window, config.seed, world.rank)
         per_token = config.patch_budget / config.token_budget
-        largest = np.array([config.max_length]), np.array([int(config.max_length * per_token)])
-        size = progress.global_batch_size
-        budget, budgets = budget_of(*told, size, bool(resumed), *largest)
-        limits = (world.size, budget, skips_text)
-        dataset = StreamDataset(stream, processor, trains, *shape, *limits)
+        budget, budgets = choose(
+            global_batch_size=progress.global_batch_size,
+            lengths=np.array([config.max_length]),
+            patches=np.array([int(config.max_length * per_token)]),
+        )
+        dataset = StreamDataset(
+            stream,
+            processor,
+            trains,
+            global_batch_size=progress.global_batch_size,
+            window=config.stream_window,
+            seed=config.seed,
+            rank=world.rank,
+            world=world.size,
+            budget=budget,
+            skips_text=skips_text,
+        )
         about = [f"stream: {len(stream.shards):,} shards, windows of {config.stream_window} steps"]
         good, steps = 0, config.max_steps
     else:
@@ -129,11 +144,22 @@ def open_data(
         progress = resumed or run.begin(len(index), index.fingerprint())
         run.check(progress, len(index), index.fingerprint())
         costs = index.costs(processor.config, trains)
-        fixed = (progress.global_batch_size, config.seed, world.size)
         kept = index.patches > 0 if skips_text and index.patches.any() else slice(None)
-        sizes = index.length[kept], index.patches[kept]
-        budget, budgets = budget_of(*told, fixed[0], bool(resumed), *sizes)
-        plan = make_plan(index, costs, *fixed, budget, skips_text)
+        budget, budgets = choose(
+            global_batch_size=progress.global_batch_size,
+            lengths=index.length[kept],
+            patches=index.patches[kept],
+        )
+        plan = make_plan(
+            index,
+            costs,
+            global_batch_size=progress.global_batch_size,
+            seed=config.seed,
+            world=world.size,
+            budget=budget,
+            skips_text=skips_text,
+            later_costs=later_costs(index, costs, config, processor.config, trains),
+        )
         dataset = StepDataset(index, processor, plan, world.rank)
         good, steps = len(index), config.max_steps or plan.steps_per_epoch * config.num_train_epochs
         about += [report(plan, most_steps=20).line()] * world.first
@@ -143,30 +169,69 @@ def open_data(
             f"held out: {len(held_out):,} samples, {(held_out.media > 0).sum():,} of them "
             "with images or videos"
         )
-    rest = (ledger, config, world, held_out, text_probe)
-    return TrainData(dataset, progress, steps, good, len(bad), about, *rest)
+    return TrainData(
+        dataset,
+        progress,
+        total_steps=steps,
+        good=good,
+        bad=len(bad),
+        about=about,
+        ledger=ledger,
+        config=config,
+        world=world,
+        held_out=held_out,
+        text_probe=text_probe,
+    )
+
+
+def later_costs(
+    index: Index,
+    costs: np.ndarray,
+    config: TrainConfig,
+    model: VLMConfig,
+    trains: frozenset[str],
+) -> np.ndarray | None:
+    """(n,) FLOPs of the samples once the feature cache is filled; None without one.
+
+    The frozen ViT's count for the share of the data that the cache has no room for. Which samples
+    that will be is unknown, since the plan follows from config and data and not from the disk.
+
+    Args: costs: (n,) useful FLOPs.
+    """
+    if not config.feature_cache:
+        return None
+    grids = index.grids.astype(np.int64)
+    flops = vision_flops(model.vision, *grids.T, trains)["vision tower"]
+    owners = np.repeat(np.arange(len(index)), index.media)
+    needed = int(grids.prod(axis=1).sum()) * model.vision.hidden_size * SIZES[config.dtype]
+    share = min(1.0, config.feature_cache_gb * 1e9 / max(1, needed))
+    return costs - share * np.bincount(owners, flops, len(index))
 
 
 def open_features(
     config: TrainConfig, world: World, tower: VisionTower
 ) -> tuple[FeatureCache | None, list[str]]:
     """The cache of a frozen tower's output, and a line about it; none where none is asked for.
+    A dry run looks at the folder alone, and opens none.
 
     Raises UsageError where the folder cannot be used.
     """
     if not config.feature_cache:
         return None, []
 
-    def opened() -> tuple[FeatureCache, int]:
+    root = config.feature_cache.absolute()
+
+    def opened() -> tuple[FeatureCache | None, int]:
         try:
-            cache = FeatureCache.of(config.feature_cache, tower)
-            return cache, measure(cache.root)
+            if config.dry_run:
+                return None, bytes_in(root)
+            return FeatureCache.of(root, tower, config.compile), measure(root)
         except OSError as error:
             raise UsageError(f"feature_cache: {config.feature_cache}: {error.strerror}") from None
 
     cache, used = world.from_first_of_machine(opened)
     room = f"{used / 1e9:.3g} of {config.feature_cache_gb:g} GB used"
-    return cache, [f"feature cache: {cache.root}, {room}"]
+    return cache, [f"feature cache: {root}, {room}"]
 
 
 Specs = Sequence[str | dict[str, Any]]

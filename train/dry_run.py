@@ -8,7 +8,7 @@ from itertools import groupby
 import numpy as np
 import torch
 
-from train.budget import state_of
+from train.budget import free_memory, priced_recompute, state_of
 from train.config import TrainConfig, UsageError
 from train.data import TrainData
 from train.provenance import device_name
@@ -42,7 +42,7 @@ def warm_up(
 
     Raises UsageError where memory runs out on any rank.
     """
-    state = state_of(config, world, model.config, trains)
+    state = state_of(config, world, model, trains)
     beside = sum(state.values()) - state["weights"]
     batch = dataset.costliest()
     hooks = [
@@ -51,7 +51,7 @@ def warm_up(
 
     def take() -> float:
         try:
-            held = torch.empty(beside, dtype=torch.uint8, device=world.device)
+            held = _hold(beside, world)
             began = time.perf_counter()
             _forward_and_backward(model, batch.to(world.device))
             if world.device.type == "cuda":
@@ -72,6 +72,16 @@ def warm_up(
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _hold(size: int, world: World) -> torch.Tensor | None:
+    """A block of so many bytes; of a CPU's memory, which nothing takes before it is written to,
+    none, but the same error where less is free."""
+    if world.device.type != "cpu":
+        return torch.empty(size, dtype=torch.uint8, device=world.device)
+    if size > (free := free_memory(world)):
+        raise torch.OutOfMemoryError(f"{free / 1e9:.1f} GB of the host's memory are free")
+    return None
 
 
 def _drop(parameter: torch.Tensor) -> None:
@@ -165,8 +175,8 @@ def _print_memory(
     """Predicted, of one device under the run's engine."""
     size = SIZES[config.dtype]
     load = Load(len(batch.input_ids), len(batch.targets), len(batch.patches))
-    rows = state_of(config, world, model.config, trains)
-    rows |= peak_activations(model.config, load, trains, config.recompute, size)
+    rows = state_of(config, world, model, trains)
+    rows |= peak_activations(model.config, load, trains, priced_recompute(config), size)
     title = (
         f"memory of a device, predicted, with a micro-batch of {load.tokens:,} tokens, "
         f"{load.targets:,} targets and {load.patches:,} patches"

@@ -95,21 +95,23 @@ def check_engine(config: TrainConfig, world: World) -> None:
                 f"deepspeed: {config.deepspeed} needs torchrun; plain python does not offload"
             )
         if config.deepspeed not in STAGES and world.launched:
-            world.from_first(lambda: _check_file(config.deepspeed, settings, world))
+            world.from_first(lambda: _check_file(config, settings, world))
     elif world.size > 1:
         raise UsageError(f"{world.size} ranks need DeepSpeed; set deepspeed: zero2")
 
 
-def _check_file(path: str, settings: dict, world: World) -> None:
+def _check_file(config: TrainConfig, settings: dict, world: World) -> None:
     """UsageError where DeepSpeed does not take what a user's file has led to."""
     # whose product it checks against ranks that it does not know of yet
     settings = {key: value for key, value in settings.items() if key != "train_batch_size"}
     try:
-        _import_deepspeed(world).DeepSpeedConfig(settings)
+        _import_deepspeed(config, world).DeepSpeedConfig(settings)
     except Exception as error:  # noqa: BLE001 - assertions, pydantic's and its own errors
         said = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in _details(error)]
         reason = "; ".join(said) or " ".join(str(error).split())
-        raise UsageError(f"deepspeed: {path} is refused by DeepSpeed: {reason}") from None
+        raise UsageError(
+            f"deepspeed: {config.deepspeed} is refused by DeepSpeed: {reason}"
+        ) from None
 
 
 def _details(error: Exception) -> list[dict]:
@@ -195,7 +197,7 @@ class ZeroEngine:
     def __init__(
         self, model: nn.Module, groups: list[Group], config: TrainConfig, world: World
     ) -> None:
-        deepspeed = _import_deepspeed(world)
+        deepspeed = _import_deepspeed(config, world)
         backend = "gloo" if world.device.type == "cpu" else "nccl"
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
         self.updates = 0
@@ -279,11 +281,12 @@ class ZeroEngine:
         self._zero.update_lp_params()
 
 
-def _import_deepspeed(world: World):
+def _import_deepspeed(config: TrainConfig, world: World):
     on_cpu = world.device.type == "cpu"
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # its import costs seconds
+        if not config.compile:
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # its import costs seconds
     import deepspeed
 
     deepspeed.logger.setLevel("WARNING")

@@ -6,6 +6,7 @@ CPU, so that no device waits for it.
 
 import ctypes
 import os
+import pickle
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -121,7 +122,7 @@ class World:
             try:
                 outcome[0] = work()
             except Exception as error:  # noqa: BLE001 - raised again below, on every rank
-                outcome[1] = error
+                outcome[1] = portable(error)
         dist.broadcast_object_list(outcome, src=0, group=self.group)
         if outcome[1] is not None:
             raise outcome[1]
@@ -129,11 +130,13 @@ class World:
 
     def together(self, work: Callable[[], Any]) -> Any:
         """What `work` returns on this rank; an error of one rank is raised on all."""
+        if self.size == 1:
+            return work()
         result, errors = None, []
         try:
             result = work()
         except Exception as error:  # noqa: BLE001 - raised again below, on every rank
-            errors = [error]
+            errors = [portable(error)]
         for error in self.gather(errors):
             raise error
         return result
@@ -154,6 +157,16 @@ class World:
     def _arrive(self) -> None:
         if self.pulse:
             self.pulse.place += 1
+
+
+def portable(error: Exception) -> Exception:
+    """The error, or, where it does not survive the way to another process, a RuntimeError that
+    says the same: a rank that fails at the sending would leave the others waiting."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001 - whatever a library's error does while it is taken apart
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _be_deterministic() -> None:

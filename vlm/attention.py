@@ -5,6 +5,7 @@ Legend: T rows, H heads, K key/value heads, E head_dim, S segments.
 
 import importlib.util
 import inspect
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -54,13 +55,18 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: b
     from torch.nn.attention.varlen import varlen_attn
 
     groups, options = q.shape[1] // k.shape[1], {}
-    if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+    if groups > 1 and _knows_groups(varlen_attn):
         options["enable_gqa"] = True
     elif groups > 1:  # torch 2.11
         k, v = (pointwise(lambda x: x.repeat_interleave(groups, dim=1), x) for x in (k, v))
     cu, longest = segments.cu_seqlens, segments.max_length
     window = (-1, 0) if causal else (-1, -1)
     return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=window, **options)
+
+
+@cache
+def _knows_groups(kernel: Callable) -> bool:
+    return "enable_gqa" in inspect.signature(kernel).parameters
 
 
 def _grouped_sdpa(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool) -> Tensor:

@@ -14,7 +14,11 @@ from torch import Tensor
 
 CHUNK_ROWS = 1024
 """Most rows whose logits exist at once: of 151,936 logits each, 622 MB in float32 and, where the
-head is bfloat16, 311 MB of copies."""
+head is bfloat16, 311 MB of copies.
+
+A bfloat16 gradient of the head is rounded once per chunk: an error of 0.36 % of its norm over 8,192
+targets, where 2,048 rows have 0.28 %, and a single chunk 0.2 %. With 2,048 rows the loss would need
+1.87 GB, beyond the 1.3 GB that it is to stay below."""
 
 
 class Loss(NamedTuple):

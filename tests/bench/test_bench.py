@@ -16,6 +16,10 @@ from bench.linear import straightness
 from bench.naive import naive_count, naive_flops, transformers_model
 from bench.plot import write_chart
 from vlm.cost.samples import Samples
+from vlm.data.pack import Budget
+from vlm.data.plan import Plan
+from vlm.data.plan_report import summarise
+from vlm.gradients import drop_gradients
 from vlm.model import VisionLanguageModel
 
 KEYS = ["name", "what", "target", "figures", "spread", "kind", "machine", "versions", "date"]
@@ -70,6 +74,58 @@ def test_a_result_that_changes_shows_in_the_table(tmp_path):
     (tmp_path / "syncs.json").unlink()
     (line,) = (x for x in table.make(tmp_path).splitlines() if x.startswith("| host syncs"))
     assert "not run" in line
+
+
+def test_stage_1_is_that_of_ways_which_compute_all_that_the_naive_one_does():
+    rows = [
+        {"way": way, "times naive": {"median": times}, "% of peak": share}
+        for way, times, share in (("naive", 1, 20), ("ours", 2.4, 50), ("cached", 9, 70))
+    ]
+    read = {t.what: t.read({"ways": rows}) for t in table.TARGETS if t.result == "gpu_stage1"}
+    plain, cached = read.values()
+    assert plain.text.startswith("2.40x") and not plain.met
+    assert cached.text.startswith("9.00x") and cached.met is None
+
+
+def test_a_count_that_rests_on_the_frozen_vit_says_so():
+    row = {"stage": 1, "times fewer": 1.9, "did naive spare the ViT": 1.7, "data": "caption"}
+    rich = {"stage": 1, "times fewer": 2.4, "did naive spare the ViT": 2.2, "data": "instruction"}
+    (target,) = (t for t in table.TARGETS if t.what.startswith("FLOPs, stage 1"))
+    found = target.read({"all samples": [row, rich]})
+    assert found.met and "met for caption only because" in found.text
+    assert "only because" not in target.read({"all samples": [rich]}).text
+
+
+def test_padding_and_micro_batches_that_are_not_full_show_in_a_plan():
+    """Two micro-batches: of 60 and 40 tokens, the second padded, and of 20 alone."""
+    plan = Plan(
+        lengths=np.array([60, 40, 20]),
+        patches=np.array([8, 8, 8]),
+        targets=np.ones(3, np.int64),
+        costs=np.ones(3),
+        counts=(3,),
+        weights=(1.0,),
+        global_batch_size=3,
+        seed=0,
+        world=1,
+        budget=Budget(tokens=120, patches=24),
+    )
+    packed, padded = (summarise(plan, [[[[0, 1], [2]]]], padded=way) for way in (False, True))
+    assert packed.fill == 1
+    assert padded.fill == pytest.approx((120 + 24) / (140 + 24))
+    assert packed.fewest_micro_batches / packed.micro_batches == 0.5
+    assert packed.token_use == 0.5
+
+
+def test_a_dropped_gradient_is_gone_until_its_hook_is():
+    layer = torch.nn.Linear(2, 2)
+    layer.bias.requires_grad_(False)
+    hooks = drop_gradients(layer)
+    layer(torch.ones(1, 2)).sum().backward()
+    assert len(hooks) == 1 and layer.weight.grad is None
+    hooks[0].remove()
+    layer(torch.ones(1, 2)).sum().backward()
+    assert layer.weight.grad is not None
 
 
 def test_what_is_compared_takes_turns():

@@ -1,10 +1,13 @@
 """The cache of a frozen ViT's output: what its keys depend on, and files that cannot be trusted."""
 
+import errno
+import fcntl
 import os
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +16,12 @@ from tests.data.samples import assistant, processor, row, sample, user, write_im
 from tests.data.videos import write_video
 from tests.tiny import hybrid
 from vlm.batch import Features
+from vlm.data import features as module
 from vlm.data.collate import collate
 from vlm.data.features import (
     ABANDONED,
     CHECKSUM,
+    DIGITS,
     WAITING,
     FeatureCache,
     FeatureWriter,
@@ -88,6 +93,33 @@ def test_the_folder_is_of_the_trunks_weights_and_dtype():
     assert fingerprint(changed) != fingerprint(towers[0])
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["attention", "batch", "rope", "layers", "vision", "compile", "data/image", "data/media"],
+)
+def test_the_folder_is_of_the_code_that_makes_the_rows(model, monkeypatch, name):
+    before, honest = fingerprint(model.visual), Path.read_bytes
+    changed = Path(module.__file__).parents[1] / f"{name}.py"
+    assert changed.is_file()
+
+    def read(path: Path) -> bytes:
+        return honest(path) + b"#" * (path.resolve() == changed)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    assert fingerprint(model.visual) != before
+
+
+@pytest.mark.parametrize("package", ["torch", "flash-attn", "pillow", "opencv-python"])
+def test_the_folder_is_of_the_libraries_versions(model, monkeypatch, package):
+    before, honest = fingerprint(model.visual), module._version
+    monkeypatch.setattr(module, "_version", lambda name: honest(name) if name != package else "9")
+    assert fingerprint(model.visual) != before
+
+
+def test_compiled_blocks_have_a_folder_of_their_own(model, cache):
+    assert FeatureCache.of(cache.root, model.visual, is_compiled=True).tower != cache.tower
+
+
 # ---- files
 
 
@@ -123,8 +155,8 @@ def test_a_damaged_file_is_absent_and_written_again(cache, damage):
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_writers_together_stay_below_the_limit(cache, shared):
-    """Eight of them with twenty files each, of which forty fit. Two that write the same file at
-    once both pay for it, until the next count."""
+    """Eight of them with twenty files each, of which forty fit. Where they all have the same ones,
+    what is paid for twice is given back."""
     rows, limit = torch.randn(24, 64), 40 * (24 * 64 * 4 + CHECKSUM) + 5
     keys = [[f"{20 * n * (not shared) + k:04x}" for k in range(20)] for n in range(8)]
     threads = [
@@ -138,7 +170,83 @@ def test_writers_together_stay_below_the_limit(cache, shared):
     files = list(cache.root.glob("*/*/*"))
     assert len(files) <= 20 if shared else len(files) == 40
     assert all(torch.equal(cache.get(path.name, 24), rows) for path in files)
-    assert measure(cache.root) == sum(path.stat().st_size for path in files) <= limit
+    used = sum(path.stat().st_size for path in files)
+    assert int((cache.root / "used").read_text()) == measure(cache.root) == used <= limit
+
+
+def test_what_another_has_reserved_is_counted_before_it_is_written(cache):
+    rows = torch.randn(24, 64)
+    writer = FeatureWriter(cache, GB)
+    size = rows.nbytes + CHECKSUM
+    reserved = writer._reserve(cache.path("ab12"), size)
+    assert measure(cache.root) == size
+    writer._give_back(reserved, size)
+    assert measure(cache.root) == 0 and not list(cache.root.glob("*/*/*"))
+    writer.close()
+
+
+def test_a_write_that_fails_gives_its_room_back(cache, monkeypatch):
+    keep(cache, "ab12", torch.randn(24, 64))
+    before = (cache.root / "used").read_bytes()
+
+    def fail(*_) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("vlm.data.features.os.replace", fail)
+    writer = FeatureWriter(cache, GB)
+    with pytest.warns(UserWarning, match="cannot be written .*No space left"):
+        writer.keep(Features(cache.none(), ((24, "cd34"),)), torch.randn(24, 64))
+    writer.close()
+    assert (cache.root / "used").read_bytes() == before
+    assert [path.name for path in cache.root.glob("*/*/*")] == ["ab12"]
+
+
+def test_the_count_is_whole_at_any_moment(cache, monkeypatch):
+    """A kill at a system call leaves the old count or the new one, never an empty file."""
+    rows, counts, honest = torch.randn(24, 64), [], os.pwrite
+    keep(cache, "ab12", rows)
+
+    def noting(file: int, content: bytes, place: int) -> int:
+        counts.append((cache.root / "used").read_bytes())
+        return honest(file, content, place)
+
+    monkeypatch.setattr("vlm.data.features.os.pwrite", noting)
+    keep(cache, "cd34", rows)
+    assert len(counts) == 2 and all(len(count) == DIGITS and int(count) for count in counts)
+    (cache.root / "used").write_bytes(b"")  # yet if it were: it is counted anew
+    keep(cache, "ef56", rows, limit=2 * (rows.nbytes + CHECKSUM))
+    assert cache.get("ef56", 24) is None
+
+
+def test_a_file_system_without_locks(cache, monkeypatch):
+    def refuse(*_) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    rows = torch.randn(24, 64)
+    keep(cache, "ab12", rows)
+    assert torch.equal(cache.get("ab12", 24), rows)
+    assert measure(cache.root) == rows.nbytes + CHECKSUM
+
+
+def test_the_thread_waits_on_the_device_that_the_rows_are_from(cache, monkeypatch):
+    """A new thread is on device 0."""
+    seen, rows = [], torch.randn(4, 64)
+
+    class Copied:
+        device = torch.device("cuda", 3)
+
+        def synchronize(self) -> None:
+            seen.append((threading.current_thread().name, "waits"))
+
+    def set_device(device: torch.device) -> None:
+        seen.append((threading.current_thread().name, device))
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(module, "_to_host", lambda rows: (rows, Copied()))
+    keep(cache, "ab12", rows)
+    assert seen == [("features", Copied.device), ("features", "waits")]
+    assert torch.equal(cache.get("ab12", 4), rows)
 
 
 def test_counting_anew_forgets_what_was_removed_and_removes_what_was_abandoned(cache):

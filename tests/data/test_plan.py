@@ -7,7 +7,7 @@ import pytest
 
 from vlm.data.pack import Budget
 from vlm.data.plan import Plan, Position, epoch_order
-from vlm.data.plan_report import report
+from vlm.data.plan_report import report, summarise
 
 
 def make_plan(count=100, size=16, world=2, budget=None, **options) -> Plan:
@@ -72,6 +72,23 @@ def test_a_step_has_the_same_samples_on_any_number_of_ranks(mode, world):
         position = Position(1, batch)
         placed = [n for rank in plan.ranks(position) for micro in rank for n in micro]
         assert sorted(placed) == sorted(alone.samples(position).tolist())
+
+
+def test_later_epochs_are_balanced_by_what_they_take():
+    """The first by useful FLOPs. The sequence of global batches stays."""
+    plan = make_plan(400, 64, 4, Budget(tokens=300, patches=500))
+    towers = plan.patches * 8.0
+    useful = replace(plan, costs=plan.costs + towers)
+    cached = replace(useful, later_costs=plan.costs)
+    for position in (Position(0, 1), Position(1, 1), Position(2, 0)):
+        assert np.array_equal(cached.samples(position), useful.samples(position))
+        alone = useful if position.epoch == 0 else plan
+        assert cached.ranks(position) == alone.ranks(position)
+    assert cached.ranks(Position(1, 1)) != useful.ranks(Position(1, 1))
+    assert report(cached, epoch=1) == report(plan, epoch=1)
+    ignored = replace(cached, later_costs=None)
+    steps = [ignored.ranks(Position(1, batch)) for batch in range(ignored.steps_per_epoch)]
+    assert summarise(plan, steps).waiting > 3 * report(cached, epoch=1).waiting
 
 
 def test_text_that_trains_nothing_is_left_out_and_still_counts():

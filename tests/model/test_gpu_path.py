@@ -1,8 +1,10 @@
 """What runs on a GPU alone, forced to run here: padded widths, compiled blocks."""
 
+import inspect
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from vlm.attention import BACKENDS
 from vlm.batch import Batch, Segments
 from vlm.compile import ROUNDING, compile_blocks
 from vlm.config import VLMConfig
+from vlm.generate import generate
 from vlm.layers import RMSNorm, padding
 from vlm.loss import cross_entropy_sum
 from vlm.model import VisionLanguageModel
@@ -115,12 +118,31 @@ def test_grouped_queries_with_and_without_enable_gqa(monkeypatch, knows_groups, 
     torch.testing.assert_close(BACKENDS["torch_varlen"](q, k, v, segments, causal), expected)
 
 
+def test_a_kernels_signature_is_read_once(monkeypatch):
+    """It takes longer than a launch."""
+    read = []
+
+    def kernel(q, k, v, *_, window_size, enable_gqa):
+        read.append("called")
+        return q
+
+    kernels = types.SimpleNamespace(varlen_attn=kernel)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", kernels)
+    signature = inspect.signature
+    monkeypatch.setattr(inspect, "signature", lambda f: read.append("read") or signature(f))
+    q, k = torch.randn(8, 4, 16), torch.randn(8, 2, 16)
+    for _ in range(3):
+        BACKENDS["torch_varlen"](q, k, k, Segments.of([5, 3]), True)
+    assert read == ["read"] + 3 * ["called"]
+
+
 # ---- compiled blocks
 
 
 @pytest.fixture
-def compiler() -> Iterator[None]:
+def compiler(monkeypatch) -> Iterator[None]:
     """A compiler that has compiled nothing."""
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # of tests that import DeepSpeed
     torch._dynamo.reset()
     counters.clear()
     yield
@@ -149,6 +171,54 @@ def test_lengths_change_and_nothing_is_compiled_again(compiler):
         for batch in micro_batches(model.config):
             model(batch)
     assert counters["stats"]["unique_graphs"] == 8  # once more for evaluation
+
+
+PARTLY = {
+    "all": ("",),
+    "last layer": ("layers.2.", "merger."),
+    "last block": ("blocks.3.", "language_model"),
+}
+"""What trains: parts of parameters' names."""
+GRAPHS = {"all": (4, 4), "last layer": (6, 4), "last block": (6, 6)}
+"""Of a run, for training and for evaluation: two pieces of each tower, and two more of the one whose
+last block alone trains. A tower of which nothing trains is evaluated all the time."""
+
+
+@pytest.mark.parametrize("case", PARTLY)
+def test_few_rows_and_generation_compile_nothing(compiler, case):
+    """Neither no target or one, nor answers in mid-run; and no piece gives up being compiled."""
+    model = hybrid()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(part in name for part in PARTLY[case]))
+    compile_blocks(model, backend="aot_eager")
+    batches = micro_batches(model.config)
+    few = [
+        replace(batch, target_rows=batch.target_rows[:n], targets=batch.targets[:n])
+        for batch in batches[:2]
+        for n in (0, 1, 2)
+    ]
+
+    def compiled() -> int:
+        assert counters["frames"]["total"] == counters["frames"]["ok"]
+        return counters["stats"]["unique_graphs"]
+
+    def train(batches: list[Batch]) -> None:
+        for batch in batches:
+            cross_entropy_sum(model(batch), model.head_weight, batch.targets).backward()
+
+    training, evaluation = GRAPHS[case]
+    train(batches)
+    assert compiled() == training
+    train(few)
+    assert compiled() == training
+    with torch.no_grad():
+        for batch in batches + few:
+            model(batch)
+        assert compiled() == training + evaluation
+        for batch in batches:
+            generate(model, batch, max_new_tokens=4, stop_ids=())
+    train(batches)
+    assert compiled() == training + evaluation
 
 
 @pytest.mark.slow

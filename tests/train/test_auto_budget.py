@@ -3,10 +3,18 @@
 import json
 
 import pytest
+import torch
 
 import train.budget
+import train.model
+from tests.tiny import hybrid
 from tests.train.runs import log_of, run_plain, run_ranks, run_until, same, weights_of
-from train.config import UsageError
+from train.budget import state_of
+from train.config import TrainConfig, UsageError
+from train.world import World
+from vlm.cost import PARTS
+from vlm.cost.budget import MARGIN
+from vlm.cost.memory import BUCKET
 
 
 @pytest.fixture
@@ -39,6 +47,60 @@ def test_a_resume_keeps_them_though_the_memory_is_another(setting, memory, tmp_p
     assert recorded(halves) == before == recorded(whole)
     assert "as before" in capsys.readouterr().out
     assert same(weights_of(halves, 6), weights_of(whole, 6))
+
+
+def test_a_device_with_less_memory_derives_them_anew(setting, memory, tmp_path, capsys):
+    """What is free is never the same to a byte: a percent less is as before."""
+    run = run_until(setting, tmp_path / "run", 3, auto_budget=True, save_steps=3)
+    before = recorded(run)
+    needed = before["bytes"]["state"] + before["bytes"]["activations"]
+    memory[0] = int(needed / (1 - MARGIN)) * 99 // 100
+    run_plain(setting, run, auto_budget=True, dry_run=True)
+    assert "as before" in capsys.readouterr().out
+    memory[0] = int(needed / (1 - MARGIN)) * 95 // 100
+    run_plain(setting, run, auto_budget=True, save_steps=3)
+    found = recorded(run)
+    assert found["cause"] == before["cause"] and found["tokens"] < before["tokens"]
+    assert found["bytes"]["memory"] == memory[0]
+
+
+def test_a_compiled_block_keeps_more_than_pointwise(setting, memory, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.model, "compile_blocks", lambda model: None)
+    runs = [
+        run_plain(setting, tmp_path / f"{policy}-{compiled}", auto_budget=True, max_steps=1,
+                  gradient_checkpointing=policy, compile=compiled)
+        for policy in ("none", "pointwise") for compiled in (False, True)
+    ]  # fmt: skip
+    none, compiled_none, pointwise, compiled = map(recorded, runs)
+    assert none["tokens"] == compiled_none["tokens"] == compiled["tokens"] < pointwise["tokens"]
+    assert none["cause"] | {"compile": True} == compiled_none["cause"] != none["cause"]
+
+
+def test_a_file_decides_the_reduction_bucket(tmp_path):
+    """On a CPU no more of it is taken than there are gradients."""
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"reduce_bucket_size": 1000}}')
+    model, sizes = hybrid(), []
+    trained = sum(p.numel() for p in model.parameters())
+    for settings in ("zero2", str(file)):
+        config = TrainConfig("m", ["d.jsonl"], "o", deepspeed=settings)
+        for device in ("cuda", "cpu"):
+            world = World(0, 2, torch.device(device), launched=True)
+            sizes.append(state_of(config, world, model, PARTS)["reduction bucket"])
+    assert sizes == [2 * BUCKET + 6 * trained, 8 * trained, 8000, 8000]  # in bfloat16
+
+
+def test_what_a_container_has_read_is_free(monkeypatch, tmp_path):
+    """The kernel counts files' pages as used, and drops them where memory is asked for."""
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("900000\n")
+    (tmp_path / "memory.stat").write_text("anon 400000\ninactive_file 300000\nactive_file 100000\n")
+    monkeypatch.setattr(train.budget, "GROUP", tmp_path)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    world = World(0, 2, torch.device("cpu"), launched=True)
+    assert train.budget.free_memory(world) == 250_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert train.budget.free_memory(world) > 250_000
 
 
 def test_another_policy_derives_them_anew(setting, memory, tmp_path):

@@ -9,7 +9,8 @@ import torch
 from tests.tiny import hybrid
 from tests.train.runs import command, launch, run_plain, same, weights_of, write_setting
 from train.config import UsageError
-from train.dry_run import marked
+from train.dry_run import _hold, marked
+from train.world import World
 from vlm.cost import PARTS
 from vlm.data.collate import collate
 from vlm.data.index import build_index
@@ -46,22 +47,33 @@ def test_the_run_itself_may_follow_in_the_same_directory(setting, plain_run, tmp
 
 def test_memory_that_will_not_do_is_told_before_the_first_step(setting, tmp_path, monkeypatch):
     """The costliest micro-batch runs beside what gradients and optimiser will take."""
-    held, empty = [], torch.empty
-
-    def measured(*size, **options):
-        if options.get("dtype") is torch.uint8:
-            held.extend(size)
-        return empty(*size, **options)
+    held = []
 
     def runs_out(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("train.dry_run.torch.empty", measured)
+    monkeypatch.setattr("train.dry_run._hold", lambda size, _world: held.append(size))
     monkeypatch.setattr("train.dry_run._forward_and_backward", runs_out)
     with pytest.raises(UsageError, match=r"costliest micro-batch \(\d+ tokens, \d+ patches\)"):
         run_plain(setting, tmp_path / "run")
     trained = sum(p.numel() for p in hybrid().parameters())
     assert held[0] == 12 * trained  # moments and gradients in float32
+
+
+def test_a_host_that_has_less_is_told_so_too(setting, tmp_path, monkeypatch):
+    """Gradients and moments of a test's model take 12 bytes for each of its weights."""
+    needed = 12 * sum(p.numel() for p in hybrid().parameters())
+    monkeypatch.setattr("train.dry_run.free_memory", lambda _world: needed)
+    run_plain(setting, tmp_path / "run", dry_run=True)
+    monkeypatch.setattr("train.dry_run.free_memory", lambda _world: needed - 1)
+    with pytest.raises(UsageError, match=r"rank 0 runs out .* memory are free\)$") as error:
+        run_plain(setting, tmp_path / "run", dry_run=True)
+    assert "\n" not in str(error.value)
+
+
+def test_a_device_holds_the_block():
+    world = World(0, 1, torch.device("meta"), launched=False)  # stands for any but a CPU
+    assert _hold(1000, world).nbytes == 1000
 
 
 @pytest.mark.parametrize("frozen", [{"freeze_aligner"}, {"freeze_llm"}])

@@ -1,8 +1,10 @@
 """Stage 1 with the frozen ViT's output on disk: the same training without the ViT."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bench.reads import Reads
@@ -16,8 +18,13 @@ from tests.train.runs import (
     write_setting,
 )
 from tests.train.test_resume import LOSS, WEIGHT, untimed
-from train.config import UsageError
-from vlm.data.features import FeatureWriter
+from train.config import TrainConfig, UsageError
+from train.data import later_costs
+from vlm.cost import vision_flops
+from vlm.data.features import FeatureCache, FeatureWriter
+from vlm.data.index import build_index
+from vlm.data.processor import Processor
+from vlm.data.sources import open_sources
 from vlm.vision import VisionTower
 
 STEPS = 9
@@ -47,16 +54,62 @@ def computed(monkeypatch) -> list[int]:
     return seen
 
 
+def run_blind(setting: dict, out: Path, **options) -> Path:
+    """A run whose cache never has anything, and so arranges its samples as one whose cache has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureCache, "get", lambda *_: None)
+        return run_plain(setting, out, **STAGE1 | {"feature_cache": out / "cache"} | options)
+
+
 @pytest.fixture(scope="module")
 def without(setting, tmp_path_factory) -> Path:
-    """No cache."""
-    return run_plain(setting, tmp_path_factory.mktemp("without") / "run", **STAGE1)
+    """All is computed."""
+    return run_blind(setting, tmp_path_factory.mktemp("without") / "run")
 
 
 def assert_same(run: Path, without: Path) -> None:
     """In weights and log, bit for bit."""
     assert same(weights_of(run, STEPS), weights_of(without, STEPS))
     assert untimed(run) == untimed(without)
+
+
+def assert_close(run: Path, without: Path) -> None:
+    """The same but for the order of addition."""
+    for ours, theirs in zip(log_of(run), log_of(without), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=LOSS)
+        assert all(ours[name] == theirs[name] for name in ("step", "samples", "tokens", "targets"))
+    ours, theirs = weights_of(run, STEPS), weights_of(without, STEPS)
+    assert max((ours[name] - theirs[name]).abs().max() for name in theirs) < WEIGHT
+
+
+def test_the_plan_of_a_cache_learns_the_same(setting, tmp_path, without):
+    """Later epochs are arranged otherwise than in a run that has no cache."""
+    plain = run_plain(setting, tmp_path / "run", **STAGE1)
+    assert_close(without, plain)
+    assert not same(weights_of(without, STEPS), weights_of(plain, STEPS))
+
+
+def test_what_later_epochs_take_by_hand(setting, tmp_path):
+    """Without the tower, as far as there is room for its rows."""
+    ours = Processor.from_pretrained(setting["model"])
+    index, _ = build_index(open_sources(setting["dataset"]), ours)
+    trains = frozenset({"aligner"})
+    costs = index.costs(ours.config, trains)
+    grids = iter(index.grids.tolist())
+    towers = [
+        sum(
+            vision_flops(ours.config.vision, *next(grids), trains)["vision tower"] for _ in range(n)
+        )
+        for n in index.media
+    ]
+    size = int(index.patches.sum()) * ours.config.vision.hidden_size * 2
+    options = setting | {"output_dir": tmp_path, "dtype": "bfloat16"}
+    plain = TrainConfig(**options)
+    assert later_costs(index, costs, plain, ours.config, trains) is None
+    for room, share in ((2 * size, 1), (size / 4, 0.25)):
+        cached = replace(plain, feature_cache=tmp_path / "cache", feature_cache_gb=room / 1e9)
+        found = later_costs(index, costs, cached, ours.config, trains)
+        assert found == pytest.approx(costs - share * np.array(towers), rel=1e-12)
 
 
 def test_later_epochs_and_runs_neither_decode_nor_compute(
@@ -93,17 +146,20 @@ def test_with_workers_and_another_thread_that_writes(setting, tmp_path, without)
     assert len(files(cache)) == 24 and not reads.micro_steps
 
 
-def test_a_full_folder_takes_nothing_more(setting, tmp_path, without, computed):
+def test_a_full_folder_takes_nothing_more(setting, tmp_path, computed):
     cache, limit = tmp_path / "cache", 100_000
     options = STAGE1 | {"feature_cache": cache, "feature_cache_gb": limit / 1e9}
-    assert_same(run_plain(setting, tmp_path / "run", **options), without)
+    blind = run_blind(setting, tmp_path / "blind", feature_cache_gb=limit / 1e9)
+    computed.clear()
+    assert_same(run_plain(setting, tmp_path / "run", **options), blind)
     kept = [path.stat().st_size for path in files(cache)]
     assert 0 < sum(kept) <= limit and len(kept) < 24
     assert sum(computed) > 1088
 
 
 def test_a_resumed_run_is_exact(setting, tmp_path, without, computed):
-    """Whether it goes on with the cache, without it, or with an empty one."""
+    """Bit for bit where it goes on with the cache or with an empty one; where the cache is dropped or
+    begun, but for the order of addition."""
     for name, caches in {
         "with": ("one", "one"),
         "dropped": ("one", None),
@@ -114,7 +170,7 @@ def test_a_resumed_run_is_exact(setting, tmp_path, without, computed):
         run = tmp_path / name
         run_until(setting, run, 4, **STAGE1, feature_cache=first, save_steps=4)
         run_plain(setting, run, **STAGE1, feature_cache=second, save_steps=4)
-        assert_same(run, without)
+        (assert_same if first and second else assert_close)(run, without)
 
 
 def test_ranks_and_runs_share_a_folder(setting, tmp_path, without):
@@ -123,10 +179,7 @@ def test_ranks_and_runs_share_a_folder(setting, tmp_path, without):
     ranks = run_ranks(
         setting, tmp_path / "ranks", 2, **STAGE1, feature_cache=cache, dataloader_num_workers=1
     )
-    for ours, theirs in zip(log_of(ranks), log_of(without), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], abs=LOSS)
-    ours, theirs = weights_of(ranks, STEPS), weights_of(without, STEPS)
-    assert max((ours[name] - theirs[name]).abs().max() for name in theirs) < WEIGHT
+    assert_close(ranks, without)
     assert len(files(cache)) == 24
     assert_same(run_plain(setting, tmp_path / "alone", **STAGE1, feature_cache=cache), without)
 
@@ -157,7 +210,12 @@ def test_a_dry_run_tells_of_it_and_keeps_nothing(setting, tmp_path, capsys):
     cache = tmp_path / "cache"
     run_plain(setting, tmp_path / "run", **STAGE1, feature_cache=cache, dry_run=True)
     assert f"feature cache: {cache}, 0 of 100 GB used" in capsys.readouterr().out
-    assert not files(cache)
+    assert not cache.exists()
+    (cache / "tower" / "ab").mkdir(parents=True)
+    (cache / "tower" / "ab" / "ab12").write_bytes(bytes(2_000_000))
+    run_plain(setting, tmp_path / "run", **STAGE1, feature_cache=cache, dry_run=True)
+    assert f"feature cache: {cache}, 0.002 of 100 GB used" in capsys.readouterr().out
+    assert [path.name for path in cache.iterdir()] == ["tower"]
 
 
 @pytest.mark.parametrize(

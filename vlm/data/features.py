@@ -44,9 +44,17 @@ CHECKSUM = 4
 """Bytes of CRC-32 behind the rows."""
 SIZE = "used"
 """The file that holds the sum of the others' sizes, and whose lock guards it."""
-MADE_BY = ("image.py", "video.py", "../vision.py", "../layers.py", "../rope.py")
+DIGITS = 20
+"""Of that sum, always as many: it is written in one go over the last one, and never empty."""
+MADE_BY = (
+    *("image.py", "video.py", "media.py", "collate.py", "../batch.py", "../vision.py"),
+    *("../layers.py", "../attention.py", "../rope.py", "../recompute.py", "../compile.py"),
+)
 """Our code that decides the rows; and that of others, by version."""
-PACKAGES = ("torch", "pillow", "opencv-python-headless")
+PACKAGES = (
+    *("torch", "flash-attn", "pillow", "opencv-python", "opencv-python-headless"),
+    *("opencv-contrib-python", "opencv-contrib-python-headless"),
+)
 
 
 @dataclass(frozen=True)
@@ -62,11 +70,10 @@ class FeatureCache:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, root: Path, tower: VisionTower) -> "FeatureCache":
+    def of(cls, root: Path, tower: VisionTower, is_compiled: bool = False) -> "FeatureCache":
         """Reads all of the tower's weights. OSError where the folder cannot be made."""
-        cache = cls(
-            root.absolute(), fingerprint(tower), tower.config.hidden_size, _weight(tower).dtype
-        )
+        name = fingerprint(tower, is_compiled)
+        cache = cls(root.absolute(), name, tower.config.hidden_size, _weight(tower).dtype)
         (cache.root / cache.tower).mkdir(parents=True, exist_ok=True)
         return cache
 
@@ -107,13 +114,13 @@ class FeatureCache:
         return torch.zeros(0, self.width, dtype=self.dtype)
 
 
-def fingerprint(tower: VisionTower) -> str:
+def fingerprint(tower: VisionTower, is_compiled: bool = False) -> str:
     """Changes with all that the trunk's output follows from beside the media."""
     weight = _weight(tower)
     device = weight.device.type
     attention = backend(device, weight.dtype)
     libraries = [_version(name) for name in PACKAGES]
-    made_by = (device, platform.machine(), attention, libraries)
+    made_by = (device, platform.machine(), attention, is_compiled, libraries)
     content = sha256(repr((tower.config, weight.dtype, made_by)).encode())
     for name in MADE_BY:
         content.update((Path(__file__).parent / name).read_bytes())
@@ -126,18 +133,21 @@ def fingerprint(tower: VisionTower) -> str:
 
 def measure(root: Path) -> int:
     """Count the bytes in the folder anew, remove what killed writers left, and return them."""
-    used = 0
     with _counter(root) as count:
-        for path in root.glob("*/*/*"):
-            try:
-                status = path.stat()
-                if path.suffix == ".partial" and time.time() - status.st_mtime > ABANDONED:
+        for path in root.glob("*/*/*.partial"):
+            with suppress(FileNotFoundError):  # another run's, that is removed meanwhile
+                if time.time() - path.stat().st_mtime > ABANDONED:
                     path.unlink()
-                else:
-                    used += status.st_size
-            except FileNotFoundError:  # another run's, renamed meanwhile
-                continue
-        count[0] = used
+        count[0] = bytes_in(root)
+    return count[0]
+
+
+def bytes_in(root: Path) -> int:
+    """Those of the files in the folder, which need not exist; nothing is changed."""
+    used = 0
+    for path in root.glob("*/*/*"):
+        with suppress(FileNotFoundError):
+            used += path.stat().st_size
     return used
 
 
@@ -171,6 +181,8 @@ class FeatureWriter:
         while item := self._waiting.get():
             features, rows, copied = item
             if copied is not None:
+                # a thread begins on device 0, and to wait makes a context on whichever it is on
+                torch.cuda.set_device(copied.device)
                 copied.synchronize()
             self.keep(features, rows)
 
@@ -185,21 +197,22 @@ class FeatureWriter:
         """Whether there may be room for more."""
         path = self.cache.path(key)
         payload = _bytes(rows)
+        size = CHECKSUM + len(payload)
         try:
             if path.exists():
                 return True
-            if not self._reserve(CHECKSUM + len(payload)):
+            if not (partial := self._reserve(path, size)):
                 return False
-            path.parent.mkdir(exist_ok=True)
-            handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
             try:
-                with os.fdopen(handle, "wb") as file:
+                with partial.open("r+b") as file:
                     file.write(payload)
                     file.write(zlib.crc32(payload).to_bytes(CHECKSUM))
-                os.replace(partial, path)
-            except BaseException:
-                Path(partial).unlink(missing_ok=True)
-                raise
+                with _counter(self.cache.root):  # so that `measure` sees one name or the other
+                    if not path.exists():
+                        os.replace(partial, path)
+            finally:
+                if partial.exists():  # it failed, or another writer was faster
+                    self._give_back(partial, size)
         except OSError as error:
             warnings.warn(
                 f"no more features are kept, since {self.cache.root} cannot be written ({error})",
@@ -208,11 +221,23 @@ class FeatureWriter:
             return False
         return True
 
-    def _reserve(self, size: int) -> bool:
+    def _reserve(self, path: Path, size: int) -> Path | None:
+        """A file beside `path` that has the size already, so that `measure` counts it from now on;
+        None where there is no room."""
         with _counter(self.cache.root) as count:
-            fits = count[0] + size <= self.limit
-            count[0] += size * fits
-        return fits
+            if count[0] + size > self.limit:
+                return None
+            path.parent.mkdir(exist_ok=True)
+            handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+            with os.fdopen(handle, "wb") as file:
+                file.truncate(size)
+            count[0] += size
+        return Path(partial)
+
+    def _give_back(self, partial: Path, size: int) -> None:
+        with suppress(OSError), _counter(self.cache.root) as count:
+            partial.unlink()
+            count[0] -= size
 
 
 @contextmanager
@@ -234,15 +259,17 @@ def keeping(tower: VisionTower, cache: FeatureCache | None, limit: int) -> Itera
 
 @contextmanager
 def _counter(root: Path) -> Iterator[list[int]]:
-    """The sum of sizes, to be read and changed while nobody else does."""
-    with open(root / SIZE, "a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
-        file.seek(0)
-        text = file.read()
-        count = [int(text) if text.isdigit() else 0]
+    """The sum of sizes, to be read and changed while nobody else does; after an error it stays."""
+    file = os.open(root / SIZE, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with suppress(OSError):  # a file system without locks: as good as it gets
+            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+        text = os.pread(file, DIGITS, 0)
+        count = [int(text) if text.isdigit() else bytes_in(root)]
         yield count
-        file.truncate(0)
-        file.write(str(count[0]).encode())
+        os.pwrite(file, b"%0*d" % (DIGITS, max(0, count[0])), 0)
+    finally:
+        os.close(file)
 
 
 def _to_host(computed: Tensor) -> tuple[Tensor, "torch.cuda.Event | None"]:

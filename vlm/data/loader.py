@@ -95,6 +95,7 @@ def make_plan(
     world: int,
     budget: Budget,
     skips_text: bool = False,
+    later_costs: np.ndarray | None = None,
 ) -> Plan:
     """The plan of indexed data; arguments as in `Plan`, costs from `Index.costs`.
 
@@ -113,6 +114,7 @@ def make_plan(
         seed=seed,
         world=world,
         budget=budget,
+        later_costs=later_costs,
         skips_text=skips_text,
     )
     if not plan.epoch_samples:

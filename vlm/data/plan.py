@@ -49,6 +49,9 @@ class Plan:
     seed: int
     world: int
     budget: Budget
+    later_costs: np.ndarray | None = None
+    """(n,) float64: FLOPs that the second epoch and later ones really take, where `feature_cache`
+    saves some. Ranks are balanced by them. None where they are the useful ones."""
     skips_text: bool = False
     """Leave out samples without an image or video, which train neither tower nor merger. Their
     targets still count."""
@@ -77,9 +80,14 @@ class Plan:
         """Numbers of a step's samples: [rank][micro-batch][sample]."""
         samples = self.samples(position)
         samples = samples[~self._is_skipped(samples)]
-        columns = (self.costs[samples], self.lengths[samples], self.patches[samples])
-        places = arrange(*columns, self.world, self.budget)
+        costs = self.balanced_costs(position.epoch)[samples]
+        sizes = self.lengths[samples], self.patches[samples]
+        places = arrange(costs, *sizes, self.world, self.budget)
         return [[samples[micro].tolist() for micro in rank] for rank in places]
+
+    def balanced_costs(self, epoch: int) -> np.ndarray:
+        """(n,) float64: what ranks are balanced by in an epoch."""
+        return self.costs if epoch == 0 or self.later_costs is None else self.later_costs
 
     def costliest(self) -> list[int]:
         """Samples, most wanted first, that together take at least the memory of any micro-batch

@@ -1,7 +1,7 @@
 """What a plan costs, before anything runs: fill, use of the budgets, balance, waiting of ranks."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -62,7 +62,8 @@ def report(plan: Plan, most_steps: int | None = None, epoch: int = 0) -> PlanRep
     steps = plan.steps_per_epoch
     seen = min(steps, most_steps or steps)
     positions = [Position(epoch, step * steps // seen) for step in range(seen)]
-    return summarise(plan, [plan.ranks(position) for position in positions])
+    of_epoch = replace(plan, costs=plan.balanced_costs(epoch))
+    return summarise(of_epoch, [plan.ranks(position) for position in positions])
 
 
 def summarise(

@@ -32,6 +32,10 @@ class BadSample(ValueError):
         super().__init__(f"{sample_id}: {reason}")
         self.sample_id, self.reason = sample_id, reason
 
+    def __reduce__(self) -> tuple:
+        """Pickle would call it with the joined message; ranks and workers hand it on."""
+        return type(self), (self.sample_id, self.reason)
+
 
 @dataclass(frozen=True)
 class Message:

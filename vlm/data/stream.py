@@ -8,6 +8,9 @@
 Every rank and every data worker reads the same rows, and decodes the pixels of its own samples
 alone. So nothing is communicated, and the sequence of global batches depends on neither. A
 position says where its window begins, so a run resumes after reading one window again.
+
+Ranks are balanced by useful FLOPs, a warm `feature_cache` or not: what a stream shows again, and
+when, nobody knows.
 """
 
 import zlib
