@@ -27,10 +27,10 @@ class Trapped:
         self.processor, self.id, self.act = processor, id, act
         self.config = processor.config
 
-    def encode(self, sample):
+    def encode(self, sample, features=None):
         if sample.id.endswith(self.id):
             self.act()
-        return self.processor.encode(sample)
+        return self.processor.encode(sample, features)
 
 
 def trapped(folder, act) -> StepDataset:

@@ -51,6 +51,7 @@ def test_a_resume_keeps_them_though_the_memory_is_another(setting, memory, tmp_p
 
 def test_a_device_with_less_memory_derives_them_anew(setting, memory, tmp_path, capsys):
     """What is free is never the same to a byte: a percent less is as before."""
+    memory[0] = 40_000_000
     run = run_until(setting, tmp_path / "run", 3, auto_budget=True, save_steps=3)
     before = recorded(run)
     needed = before["bytes"]["state"] + before["bytes"]["activations"]
@@ -65,6 +66,7 @@ def test_a_device_with_less_memory_derives_them_anew(setting, memory, tmp_path, 
 
 
 def test_a_compiled_block_keeps_more_than_pointwise(setting, memory, tmp_path, monkeypatch):
+    memory[0] = 40_000_000
     monkeypatch.setattr(train.model, "compile_blocks", lambda model: None)
     runs = [
         run_plain(setting, tmp_path / f"{policy}-{compiled}", auto_budget=True, max_steps=1,

@@ -58,7 +58,7 @@ def arrange(
     """
     sizes, limits = budget.sizes(lengths, patches)
     sizes[(sizes > limits).any(axis=1)] = limits
-    largest = float(np.max(costs, initial=0)) or 1.0
+    largest = float(np.max(costs, initial=1.0))
     work = np.rint(np.asarray(costs) * (WHOLE / largest)).astype(np.int64)
     count = fewest(sizes, limits, world)
     while True:
