@@ -134,7 +134,9 @@ def _packed(column: str, bound: float, ranks: int | None = None) -> Callable[[An
         rows = list(_rows(figures, plan="packed", **({"ranks": ranks} if ranks else {})))
         values = [row[column] for row in rows]
         if column == "waiting":
-            return Found(f"{max(values):.2%}", max(values) <= bound)
+            worst = max(rows, key=lambda row: row["waiting"])
+            where = f"{worst['data']}, {worst['ranks']} ranks"
+            return Found(f"{max(values):.2%} ({where})", max(values) <= bound)
         return Found(f"{min(values):.3%}", min(values) >= bound)
 
     return read
@@ -251,7 +253,14 @@ TARGETS = (
     Target("fewest micro-batches that budgets allow / ours", NO_TARGET, "plan", _full_packing),
     Target("balance, 8 ranks", ">= 99 %", "plan", _packed("balance", 0.99, 8)),
     Target("balance, 64 ranks", ">= 99 %", "plan", _packed("balance", 0.99, 64)),
-    Target("waiting for the slowest rank", "<= 1 %", "plan", _packed("waiting", 0.01)),
+    Target(
+        "waiting for the slowest rank",
+        "<= 1 %",
+        "plan",
+        _packed("waiting", 0.01),
+        why="one step of 20 fills 97 % of its token budgets, which leaves little to balance: 5.5 % "
+        "there, 0.8 % without it",
+    ),
     Target("planning a million samples", "< 30 s, < 2 GB", "plan", _planning),
     Target(
         "image headers, one core",

@@ -28,7 +28,13 @@ SHARED = {"__main__", "common", "gpu", "make_lengths", "meta", "naive", "plot", 
 """Files of bench/ that are no scripts of `make bench`."""
 OWN_TESTS = {"miniature"}
 """It trains the demo's stages on two ranks, which has to be made first."""
-QUICK = [n for n in SCRIPTS if not n.startswith(NEEDS_GPU) and n not in OWN_TESTS]
+SLOW = {"graft_full_size": pytest.mark.slow}
+"""Of many seconds even if quick."""
+QUICK = [
+    pytest.param(name, marks=SLOW.get(name, ()))
+    for name in SCRIPTS
+    if not name.startswith(NEEDS_GPU) and name not in OWN_TESTS
+]
 
 
 def test_every_script_is_run_by_make_bench():

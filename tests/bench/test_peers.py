@@ -134,6 +134,7 @@ def test_gradients_are_compared_by_part():
         compare(theirs, {"model.visual.merger.ln_q.weight": torch.ones(4)})
 
 
+@pytest.mark.slow
 def test_the_plain_loop_takes_our_step_where_its_batch_is_whole(setting):
     processor = Processor.from_pretrained(setting.model, Limits(max_pixels=MAX_PIXELS))
     context = RowContext(setting.model.parent)

@@ -143,11 +143,10 @@ def test_a_kernels_signature_is_read_once(monkeypatch):
 def compiler(monkeypatch) -> Iterator[None]:
     """A compiler that has compiled nothing."""
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # of tests that import DeepSpeed
-    # so few that a run fails with it, were it not raised; and as it was afterwards
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     torch._dynamo.reset()
     counters.clear()
-    yield
+    with torch._dynamo.config.patch(recompile_limit=1):  # which will not do, unless it is raised
+        yield
     torch._dynamo.reset()
 
 

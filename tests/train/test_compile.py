@@ -26,7 +26,8 @@ def compiler(monkeypatch):
     monkeypatch.setattr(train.model, "compile_blocks", partial(compile_blocks, backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
-    yield
+    with torch._dynamo.config.patch(recompile_limit=1):  # which will not do, unless it is raised
+        yield
     torch._dynamo.reset()
 
 
