@@ -158,8 +158,8 @@ def test_a_full_folder_takes_nothing_more(setting, tmp_path, computed):
 
 
 def test_a_resumed_run_is_exact(setting, tmp_path, without, computed):
-    """Bit for bit where it goes on with the cache or with an empty one; where the cache is dropped or
-    begun, but for the order of addition."""
+    """Bit for bit where it goes on with the cache or with an empty one; but for the order of
+    addition where the cache is dropped or begun."""
     for name, caches in {
         "with": ("one", "one"),
         "dropped": ("one", None),
