@@ -20,7 +20,7 @@ from vlm.cost.calibrate import calibrate
 from vlm.cost.report import STAGES
 
 OFF = 0.1
-SIZES = (2048, 32)
+SIZES = (1024, 32)
 """Tokens of a micro-batch, and the side of an image in patches."""
 POLICY = "full"
 """Of recomputation, the default of training."""
