@@ -22,6 +22,7 @@ from vlm.data.loader import StepDataset, open_loader
 from vlm.data.plan_report import report
 from vlm.data.processor import Processor
 from vlm.data.stream import StreamDataset
+from vlm.gradients import drop_gradients
 from vlm.loss import cross_entropy
 from vlm.model import VisionLanguageModel
 
@@ -45,9 +46,7 @@ def warm_up(
     state = state_of(config, world, model, trains)
     beside = sum(state.values()) - state["weights"]
     batch = dataset.costliest()
-    hooks = [
-        p.register_post_accumulate_grad_hook(_drop) for p in model.parameters() if p.requires_grad
-    ]
+    hooks = drop_gradients(model)
 
     def take() -> float:
         try:
@@ -82,10 +81,6 @@ def _hold(size: int, world: World) -> torch.Tensor | None:
     if size > (free := free_memory(world)):
         raise torch.OutOfMemoryError(f"{free / 1e9:.1f} GB of the host's memory are free")
     return None
-
-
-def _drop(parameter: torch.Tensor) -> None:
-    parameter.grad = None
 
 
 def _forward_and_backward(model: VisionLanguageModel, batch: Batch) -> None:
