@@ -258,14 +258,14 @@ def test_the_literal_variant_says_what_it_lost_and_what_that_costs(made, tmp_pat
 
 def test_dropped_q_norm_is_caught(grafted, monkeypatch):
     """The recipe's own script drops it, and nothing raises there."""
-    honest = vlm.text.Attention.forward
+    honest = vlm.text.Attention.queries_keys_values
 
-    def without_q_norm(self, x, cos, sin, attend):
+    def without_q_norm(self, x, cos, sin):
         if self.rotate is vlm.rope.apply_mrope:
             self.q_norm = torch.nn.Identity()
-        return honest(self, x, cos, sin, attend)
+        return honest(self, x, cos, sin)
 
-    monkeypatch.setattr(vlm.text.Attention, "forward", without_q_norm)
+    monkeypatch.setattr(vlm.text.Attention, "queries_keys_values", without_q_norm)
     proof = verify(*grafted[:2])
     assert not proof.holds and proof.text.max_abs_delta > 1e-3 and not proof.differences
 
