@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.meta import on_meta
 from tests.model.full_size import EIGHT_BILLION
 from tests.tiny import hybrid_config
-from vlm.batch import Batch
 from vlm.config import VLMConfig
 from vlm.cost import (
     PARTS,
@@ -47,19 +47,6 @@ def example(config: VLMConfig, sizes: Sizes) -> Example:
     patches = torch.zeros(4 * visual, config.vision.patch_dim, dtype=torch.uint8)
     positions = torch.arange(length).expand(3, -1)
     return Example("x", ids, targets, None, positions, patches, tuple(grids))
-
-
-def on_meta(batch: Batch) -> Batch:
-    """The batch without values, yet with the grouping of its segments, which follows from them."""
-    moved = batch.to("meta")
-    pairs = [(batch.segments, moved.segments)]
-    pairs += [(getattr(batch.vision, n), getattr(moved.vision, n)) for n in ("windows", "frames")]
-    for real, empty in pairs:
-        groups, restore = real.by_length
-        groups = [(n, rows if rows is None else rows.to("meta")) for n, rows in groups]
-        restore = restore if restore is None else restore.to("meta")
-        empty.__dict__["by_length"] = groups, restore
-    return moved
 
 
 def addmm_flops(_sum, left, right, **_) -> int:

@@ -1,6 +1,5 @@
 """The memory model against what a real backward pass saves and allocates, byte by byte."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
 from typing import get_args
@@ -8,8 +7,8 @@ from typing import get_args
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
+from bench.common import allocated
 from tests.model.full_size import EIGHT_BILLION
 from tests.tiny import hybrid, hybrid_config
 from train.config import TrainConfig
@@ -60,20 +59,6 @@ def micro_batch(
     return collate([Example("x", ids, targets, None, positions, patches, tuple(grids))], config)
 
 
-def memory_of(work: Callable[[], object]) -> tuple[int, int]:
-    """Bytes that `work` has allocated: those that its result keeps, and the most at any time."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = work()
-    events = profiler.profiler.kineto_results.events()
-    del result
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return held, most
-
-
 def saved_bytes(model: VisionLanguageModel, batch: Batch) -> int:
     """What a forward pass leaves behind with the graph of its loss."""
 
@@ -81,7 +66,7 @@ def saved_bytes(model: VisionLanguageModel, batch: Batch) -> int:
         return cross_entropy_sum(model(batch), model.head_weight, batch.targets)
 
     forward()  # the batch's segments group themselves when first used
-    held, _ = memory_of(forward)
+    held, _ = allocated(forward)
     return held - 4  # the loss
 
 
@@ -175,7 +160,7 @@ def peaks(stage, load: Load, policy, dtype, tower, decoder) -> tuple[int, int]:
         cross_entropy_sum(model(batch), model.head_weight, batch.targets).backward()
 
     predicted = peak_activations(config, load, STAGES[stage], (policy, policy), SIZES[dtype])
-    return memory_of(step)[1], sum(predicted.values())
+    return allocated(step)[1], sum(predicted.values())
 
 
 @pytest.mark.parametrize("dtype", SIZES, ids=str)
@@ -202,7 +187,7 @@ def test_the_logits_take_what_is_said(rows, dtype):
     text = replace(parse_config(hybrid_config()).text, vocab_size=4000)
     hidden = torch.randn(rows, 8, dtype=dtype, requires_grad=True)
     weight, targets = torch.randn(4000, 8, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
-    _, peak = memory_of(lambda: cross_entropy_sum(hidden, weight, targets))
+    _, peak = allocated(lambda: cross_entropy_sum(hidden, weight, targets))
     assert peak - hidden.nbytes == pytest.approx(loss_memory(text, rows, SIZES[dtype]), rel=0.02)
 
 

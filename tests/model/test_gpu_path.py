@@ -185,7 +185,12 @@ GRAPHS = {"all": (4, 4), "last layer": (6, 4), "last block": (6, 6)}
 last block alone trains. A tower of which nothing trains is evaluated all the time."""
 
 
-@pytest.mark.parametrize("case", PARTLY)
+SLOW = pytest.mark.slow  # compiling takes ten seconds
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param("all", marks=SLOW), "last layer", pytest.param("last block", marks=SLOW)]
+)
 def test_few_rows_and_generation_compile_nothing(compiler, case):
     """Neither no target or one, nor answers in mid-run; and no piece gives up being compiled."""
     model = hybrid()
