@@ -117,8 +117,8 @@ def figures_of(config: VLMConfig, names: Sequence[str], most: int | None) -> tup
             if stage == 1:
                 spared = naive - frozen_tower_flops(config.vision, whole)
                 cached = sum(own.values()) - own["vision tower"]
-                row["did naive spare the ViT"] = round(spared / sum(own.values()), 3)
-                row["did ours cache it too"] = round(naive / cached, 3)
+                row["if naive spared the ViT"] = round(spared / sum(own.values()), 3)
+                row["if ours cached it too"] = round(naive / cached, 3)
             rows.append(row)
             own, naive = our_count(ours, few, stage), naive_count(theirs, few, stage)
             by_formula = sum(our_flops(config, few, stage).values())

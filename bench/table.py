@@ -178,7 +178,7 @@ def _fewer(stage: int) -> Callable[[Any], Found]:
         text = ", ".join(f"{row['times fewer']:.2f}x ({row['data']})" for row in rows)
         met = min(row["times fewer"] for row in rows) >= FEWER[stage]
         if stage == 1:
-            spared = {row["data"]: row["did naive spare the ViT"] for row in rows}
+            spared = {row["data"]: row["if naive spared the ViT"] for row in rows}
             text += "; " + " and ".join(f"{times:.2f}x" for times in spared.values())
             text += " if the loop spared the frozen ViT its backward pass"
             close = " and ".join(data for data, times in spared.items() if times < FEWER[stage])

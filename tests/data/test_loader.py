@@ -244,7 +244,7 @@ def test_what_was_mended_since_counts_no_more(tmp_path):
     Ledger(path).record([Entry("a:1", "torn", "index"), Entry("a:2", "cut", "decoding")])
     again = Ledger(path)
     assert list(again.entries) == ["a:2"], "what the index finds, it finds again"
-    with pytest.raises(TooManyBadSamples, match=r"1 of 9 .*ledger\.jsonl; remove it"):
+    with pytest.raises(TooManyBadSamples, match=r"1 of 9 .*ledger\.jsonl; mend the samples"):
         again.check(9, 0.1)
     strict = Ledger(path, strict=True)
     strict.check(10, 0.1)

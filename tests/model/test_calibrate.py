@@ -26,6 +26,9 @@ def test_a_file_predicts_the_time_of_a_step(tmp_path, capsys):
     told = json.loads(report.read_text())["step"]
     expected = sum(speeds[name] * flops for name, flops in told["FLOPs by module"].items()) / 2
     assert told["seconds"] == pytest.approx(expected)
+    others = ["--recompute", "none", *step, "--coefficients", str(out)]
+    assert main([*asked, *others]) == 2
+    assert "was measured for stage 2, recompute full, dtype float32" in capsys.readouterr().err
 
 
 def test_another_file_is_refused(tmp_path, capsys):

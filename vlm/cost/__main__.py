@@ -123,17 +123,22 @@ def _samples(options: argparse.Namespace, vision) -> Samples:
     return one_sample(options.tokens, options.targets, sizes, vision, limits)
 
 
-def _coefficients(path: Path | None) -> dict[str, float] | None:
+def _coefficients(options: argparse.Namespace) -> dict[str, float] | None:
     """Seconds per FLOP of each module, from a file of `vlm.cost.calibrate`."""
-    if path is None:
+    if (path := options.coefficients) is None:
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["seconds_per_flop"]
-        return {name: float(found[name]) for name in MODULES}
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found = {name: float(record["seconds_per_flop"][name]) for name in MODULES}
+        measured = {name: record["asked"][name] for name in ("stage", "recompute", "dtype")}
     except (OSError, ValueError, KeyError, TypeError):
         raise CostError(
             f"--coefficients: {path} is no file of python -m vlm.cost.calibrate"
         ) from None
+    if measured != {name: getattr(options, name) for name in measured}:
+        words = ", ".join(f"{name} {value}" for name, value in measured.items())
+        raise CostError(f"--coefficients: {path} was measured for {words}; measure it again")
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -150,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
             global_batch_size=options.global_batch_size,
             peak_tflops=options.peak_tflops or PEAKS.get(options.device),
             mfu=options.mfu,
-            seconds_per_flop=_coefficients(options.coefficients),
+            seconds_per_flop=_coefficients(options),
         )
         report = make_report(config, _samples(options, config.vision), setup)
         if options.json:

@@ -77,7 +77,7 @@ class Ledger:
         """
         bad = len(self.entries)
         later = any(entry.found != "index" for entry in self.entries.values())
-        advice = "; remove it once they are mended" if later else ""
+        advice = "; mend the samples and delete that file" if later else ""
         if self.first and self.strict:
             raise TooManyBadSamples(
                 f"{self.first.id}: {self.first.reason}; on_bad is error, so the run stops; "

@@ -42,13 +42,19 @@ class PlanReport:
 
     def line(self) -> str:
         """For the banner."""
+        skipped = ""
+        if self.skipped:
+            skipped = (
+                f"; {self.skipped:.1%} of the samples left out, which have no image while the "
+                "language model is frozen"
+            )
         return (
             f"plan: {self.steps:,} steps an epoch of {self.samples:,} samples; a step has "
             f"{self.micro_batches:.2f} micro-batches a rank (of at "
             f"least {self.fewest_micro_batches:.2f}) of {self.samples_per_micro_batch:.1f} "
             f"samples; fill {self.fill:.2%}, tokens {self.token_use:.1%} and patches "
             f"{self.patch_use:.1%} of their budgets; ranks' balance {self.balance:.2%}, waiting "
-            f"{self.waiting:.2%}" + (f"; {self.skipped:.1%} skipped" if self.skipped else "")
+            f"{self.waiting:.2%}{skipped}"
         )
 
     def table(self) -> str:

@@ -111,7 +111,9 @@ class Processor:
         folder = Path(model_dir)
         path = folder / "tokenizer.json"
         if not path.exists():
-            raise CheckpointError(f"{path} does not exist; the model needs its tokenizer")
+            runs = [*folder.glob("model"), *folder.glob("checkpoint-*/model")]
+            meant = f"; did you mean {max(runs, key=lambda p: p.stat().st_mtime)}?" if runs else ""
+            raise CheckpointError(f"{path} does not exist; the model needs its tokenizer{meant}")
         config, tokenizer = read_config(folder), Tokenizer.from_file(str(path))
         check_tokenizer(path, tokenizer, config)
         check_settings(folder, config)
