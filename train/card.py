@@ -4,7 +4,7 @@
     python -m train.card RUN --same_as OTHER    # with a resume check: are the weights the same?
 
 `card.yaml` is made anew each time, but for `resume_check` and `known_failures`: the latter is for
-people, who write into the file itself.
+people, who write into the file itself. Exit code 1: the weights differ.
 """
 
 import argparse
@@ -65,7 +65,9 @@ def make_card(run: Path) -> dict:
     for line in read_log(run / "log.jsonl"):
         events.setdefault(line["event"], []).append(line)
     config = yaml.safe_load(text)
-    starts, trains = events.get("start", []), events.get("train", [])
+    # those that found nothing left to train are no part of the run
+    starts = [start for start in events.get("start", []) if start["step"] < start["total_steps"]]
+    trains = events.get("train", [])
     learnt = [line for line in trains if "loss" in line]
     total = starts[-1]["total_steps"] if starts else None
     checkpoint = _last_checkpoint(run)
@@ -79,13 +81,17 @@ def make_card(run: Path) -> dict:
         "resumed": [
             {name: start[name] for name in ("step", "time", "command", "ranks", "revision")}
             for start in starts[1:]
-            if start["step"] < total  # else nothing was left to train
         ],
         "versions": starts[-1]["versions"] if starts else None,
         "revision": starts[-1]["revision"] if starts else None,
-        "hardware": f"{starts[-1]['ranks']} x {starts[-1]['device']}" if starts else None,
+        "hardware": hardware(starts),
         "model": str(config["model"]),
         "config_sha256": hashlib.sha256(text).hexdigest(),
+        "trains": {
+            part: {"trained": trained, "of": size}
+            for part, (trained, size) in (starts[-1].get("trains", {}) if starts else {}).items()
+        },
+        "micro_batch_budget": starts[-1].get("budget") if starts else None,
         "data_fingerprint": progress and progress["data"],
         "data_samples": progress and progress["samples"],
         "steps": trains[-1]["step"] if trains else 0,
@@ -107,6 +113,23 @@ def make_card(run: Path) -> dict:
         "steps_skipped": len(events.get("skipped", [])),
         "bad_samples": bad,
     }
+
+
+def hardware(starts: list[dict]) -> str | None:
+    """Of the starts whose steps stand: `2 x cpu, from step 20 on 1 x cpu`."""
+    standing: list[dict] = []
+    for start in starts:
+        while standing and standing[-1]["step"] >= start["step"]:
+            standing.pop()  # its steps were taken again
+        standing.append(start)
+    words: list[str] = []
+    before = ""
+    for start in standing:
+        devices = f"{start['ranks']} x {start['device']}"
+        if devices != before:
+            words.append(f"from step {start['step']} on {devices}" if words else devices)
+        before = devices
+    return ", ".join(words) or None
 
 
 def throughput(trains: list[dict]) -> dict | None:
@@ -139,9 +162,12 @@ def check_resume(run: Path, other: Path) -> dict:
 
     Raises UsageError where the two cannot be compared.
     """
-    ours, theirs = _last_checkpoint(run), _last_checkpoint(other)
-    if not ours or not theirs or ours.name != theirs.name:
-        raise UsageError(f"{run} and {other} do not end at the same step, so nothing is compared")
+    ours, theirs = _given_checkpoint(run), _given_checkpoint(other)
+    if ours.name != theirs.name:
+        raise UsageError(
+            f"{run} and {other} do not end at the same step ({ours.name}, {theirs.name}), so "
+            "nothing is compared"
+        )
     a, b = TensorReader(ours / "model"), TensorReader(theirs / "model")
     if a.names() != b.names() or any(a.shape(name) != b.shape(name) for name in a.names()):
         raise UsageError(f"{run} and {other} trained models of other shapes")
@@ -156,6 +182,15 @@ def check_resume(run: Path, other: Path) -> dict:
 
 def _difference(a: Tensor, b: Tensor) -> float:
     return 0.0 if torch.equal(a, b) else float((a.double() - b.double()).abs().max())
+
+
+def _given_checkpoint(run: Path) -> Path:
+    if not run.is_dir():
+        raise UsageError(f"{run} is no directory; give that of a run")
+    checkpoint = _last_checkpoint(run)
+    if not checkpoint:
+        raise UsageError(f"{run} has no checkpoint, so nothing is compared")
+    return checkpoint
 
 
 def _last_checkpoint(run: Path) -> Path | None:
@@ -173,11 +208,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--same_as", type=Path, help="an uninterrupted run of the same options")
     options = parser.parse_args(arguments)
     try:
-        write_card(options.run, options.same_as)
+        card = write_card(options.run, options.same_as)
     except (UsageError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    if not options.same_as:
+        print(f"written: {options.run / 'card.yaml'}")
+        return 0
+    check = card["resume_check"]
+    furthest = check["max_abs_difference"]
+    found = "equal" if check["weights_equal"] else f"differ by up to {furthest:#.3g}"
+    print(f"{check['checkpoint']}: weights {found}")
+    return int(not check["weights_equal"])
 
 
 if __name__ == "__main__":

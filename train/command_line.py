@@ -7,21 +7,43 @@ import re
 import sys
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
-from typing import Any, get_args, get_origin
+from itertools import pairwise
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from docstring_parser import parse_from_object
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from train.config import TrainConfig, UsageError
 from train.optim import SCHEDULES
 from vlm.data.limits import environment_limits
 
 ABOUT = "Supervised fine-tuning of the hybrid; docs/training.md explains every option."
+FORMS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a string",
+    Path: "a path",
+    NoneType: "null",
+}
+"""What a value of a type is called in a message."""
+RESUMES = "the same command resumes the run in its output_dir"
+HABITS = {
+    "lr": "did you mean learning_rate?",
+    "batch_size": "did you mean per_device_train_batch_size?",
+    "resume": RESUMES,
+    "resume_from_checkpoint": RESUMES,
+}
+"""Options of other trainers, too far from ours in letters to be recognised."""
 
 
 def parse(arguments: list[str] | None = None) -> TrainConfig:
     """The resolved config of a command line; UsageError in one sentence."""
+    arguments = _bare_is_true(sys.argv[1:] if arguments is None else arguments)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog="train/sft.py", description=ABOUT, exit_on_error=False, allow_abbrev=False
     )
@@ -30,7 +52,7 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
     parser.add_class_arguments(TrainConfig, skip=lists)
     try:
         parser.set_defaults(environment_limits())
-        _check_files(sys.argv[1:] if arguments is None else arguments)
+        _check_files(arguments)
         options = parser.parse_args(arguments).as_dict()
     except ArgumentError as error:
         raise UsageError(_explain(error)) from None
@@ -44,6 +66,22 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
             f"lr_scheduler_type is {config.lr_scheduler_type}; it must be one of {names}"
         )
     return config
+
+
+def _bare_is_true(arguments: list[str]) -> list[str]:
+    """The arguments, with `=true` at each flag of a yes or no that no value follows."""
+    flags = {f"--{field.name}" for field in fields(TrainConfig) if bool in _kinds(field.type)}
+    return [
+        f"{word}=true" if word in flags and after.startswith("-") else word
+        for word, after in pairwise([*arguments, "--"])
+    ]
+
+
+def _kinds(kind: Any) -> tuple:
+    """The types that an option, or an element of a list, may have."""
+    if get_origin(kind) is list:
+        return _kinds(*get_args(kind))
+    return (kind,) if get_origin(kind) is Literal else get_args(kind) or (kind,)
 
 
 def _add_lists(parser: ArgumentParser) -> set[str]:
@@ -64,7 +102,7 @@ def _list_fields() -> list[Field]:
 
 def _check_files(arguments: list[str]) -> None:
     """UsageError that names a `--config` file which is not what the parser expects."""
-    pairs = zip(arguments, [*arguments[1:], ""], strict=True)
+    pairs = pairwise([*arguments, ""])
     paths = [after for flag, after in pairs if flag == "--config"]
     paths += [flag.partition("=")[2] for flag in arguments if flag.startswith("--config=")]
     for path in paths:
@@ -111,14 +149,26 @@ class _EachKeyOnce(yaml.SafeLoader):
 
 
 def _explain(error: ArgumentError) -> str:
-    """jsonargparse's message on one line, with the nearest option for an unknown one."""
+    """What is wrong in one line: a value with what it must be, a name with the nearest option."""
     message = " ".join(str(error).split())
+    if value := re.match(r'Parser key "(\w+)".*?(?:Got|Given) value: (.*)', message):
+        return _explain_value(*value.groups()) or message
     names = list(TrainConfig.__dataclass_fields__)
-    words = re.findall(r"[\w-]+", message)
+    words = [word.lstrip("-") for word in re.findall(r"[\w-]+", message)]
     if any(word in names for word in words):  # it is known, and has a wrong value
         return message
     for word in words:
-        near = get_close_matches(word.lstrip("-"), names, 1, 0.75)
-        if near and word.lstrip("-") not in names:
-            return f"{message} (did you mean {near[0]}?)"
+        near = get_close_matches(word, names, 1, 0.75)
+        if hint := HABITS.get(word) or (near and f"did you mean {near[0]}?"):
+            return f"{message} ({hint})"
     return message
+
+
+def _explain_value(name: str, value: str) -> str | None:
+    """What an option must be instead of this value; None where no few words say it."""
+    option = TrainConfig.__dataclass_fields__.get(name)
+    forms = [
+        f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else FORMS.get(kind)
+        for kind in (_kinds(option.type) if option else [None])
+    ]
+    return f"{name} is {value}; it must be {', or '.join(forms)}" if all(forms) else None

@@ -33,7 +33,7 @@ POSITIVE = Range("above 0", lambda x: 0 < x < inf)
 POSITIVE_OR_INFINITE = Range("above 0", lambda x: x > 0)
 NOT_NEGATIVE = Range("0 or above", lambda x: 0 <= x < inf)
 SHARE = Range("in 0..1", lambda x: 0 <= x <= 1)
-BELOW_ONE = Range("in 0..1 and not 1 itself", lambda x: 0 <= x < 1)
+BELOW_ONE = Range("at least 0 and below 1", lambda x: 0 <= x < 1)
 INTERVAL = Range("-1, 0 or a number of steps", lambda x: x >= -1)
 SEED = Range("in 0..2^63-1", lambda x: 0 <= x < 1 << 63)
 
@@ -55,7 +55,7 @@ class TrainConfig:
     output_dir: Path
     """The run's directory; the same command resumes from what it finds there."""
     hub: Hub = "huggingface"
-    """That has a model or a data set which is no path here."""
+    """Where a model or a data set is taken from which is no path here."""
     media_root: Path | None = None
     """What paths of media are relative to, and may not leave (default: the data file's directory,
     and anywhere)."""
@@ -70,10 +70,11 @@ class TrainConfig:
     """Steps whose samples are read, held in memory and shuffled together."""
 
     freeze_vit: bool = False
+    """The ViT, without the merger, does not train."""
     freeze_aligner: bool = False
-    """The merger."""
+    """The merger does not train."""
     freeze_llm: bool = False
-    """Decoder, embedding and head."""
+    """Decoder, embedding and head do not train."""
     last_vit_layers: int | None = within(POSITIVE, None)
     """Of the ViT, train this many of the last blocks alone."""
     last_llm_layers: int | None = within(POSITIVE, None)
@@ -85,6 +86,7 @@ class TrainConfig:
     """Patterns of parameter names that train, whatever all of the above say."""
 
     num_train_epochs: int = within(POSITIVE, 3)
+    """Times that the data is gone through, where max_steps is not given; whole numbers."""
     max_steps: int | None = within(POSITIVE, None)
     """Optimiser steps in all; overrides num_train_epochs."""
     per_device_train_batch_size: int = within(POSITIVE, 2)
@@ -110,16 +112,22 @@ class TrainConfig:
     nothing; their targets still count, so that the gradient is the same."""
 
     learning_rate: float = within(POSITIVE, 5e-6)
+    """The highest rate of the schedule, for all that has none of its own below."""
     vit_lr: float | None = within(NOT_NEGATIVE, None)
+    """Of the ViT instead (default: as learning_rate)."""
     aligner_lr: float | None = within(NOT_NEGATIVE, None)
+    """Of the merger instead (default: as learning_rate)."""
     weight_decay: float = within(NOT_NEGATIVE, 0.1)
     """Of weight matrices; norms and biases have none."""
     vit_weight_decay: float | None = within(NOT_NEGATIVE, None)
+    """Of the ViT instead (default: as weight_decay)."""
     aligner_weight_decay: float | None = within(NOT_NEGATIVE, None)
+    """Of the merger instead (default: as weight_decay)."""
     adam_beta1: float = within(BELOW_ONE, 0.9)
     adam_beta2: float = within(BELOW_ONE, 0.95)
     adam_epsilon: float = within(POSITIVE, 1e-8)
     max_grad_norm: float = within(POSITIVE_OR_INFINITE, 1.0)
+    """The gradient, over all that trains, is scaled down to this norm; `.inf`: never."""
     lr_scheduler_type: str = "cosine"
     """After the warm-up: `cosine`, `linear`, `constant` or `wsd` (warm-up, stable, decay), which
     stays at the full rate and falls to 0 over the last steps; `SCHEDULES` of train/optim.py."""
@@ -147,16 +155,18 @@ class TrainConfig:
     """The same bits in every run on the same hardware, at some cost in speed."""
 
     max_length: int = within(POSITIVE, 8192)
-    """Tokens of a sample."""
+    """Most tokens of a sample."""
     truncation: Literal["delete", "left", "right"] = "delete"
     """What is done to a longer one: dropped and recorded, or its text cut (never its media)."""
     think: Literal["keep", "strip_history"] = "keep"
     """Thoughts (`<think>...</think>`) in answers before a sample's last question: learnt as they
     stand, or removed, as Qwen3's template does."""
     min_pixels: int = Limits.min_pixels
+    """Least of an image; a smaller one is enlarged."""
     max_pixels: int = Limits.max_pixels
+    """Most of an image; a larger one is scaled down."""
     video_max_pixels: int = Limits.video_max_pixels
-    """Of each frame."""
+    """Most of each frame of a video."""
     fps: float = Limits.fps
     """Frames sampled per second of video."""
     fps_max_frames: int = Limits.fps_max_frames
@@ -166,7 +176,7 @@ class TrainConfig:
     on_bad: Literal["skip", "error"] = "skip"
     """A bad sample is recorded and left out, or ends the run."""
     dataloader_num_workers: int = within(NOT_NEGATIVE, 4)
-    """Per rank."""
+    """Processes per rank that read and encode samples."""
     dataloader_timeout: int = within(POSITIVE, 600)
     """Seconds without data after which the workers are called stuck and the run ends."""
     dataset_num_proc: int = within(POSITIVE, 8)
@@ -187,20 +197,24 @@ class TrainConfig:
     eval_answers: int = within(NOT_NEGATIVE, 10)
     """Held-out questions that are answered by generation each time."""
     eval_max_new_tokens: int = within(POSITIVE, 64)
-    """Of such an answer."""
+    """Most tokens of such an answer."""
     text_probe: list[str | dict[str, Any]] = field(default_factory=list)
     """Texts whose loss shows what is forgotten (default: the held-out samples without media)."""
 
     save_steps: int = within(POSITIVE, 1000)
+    """Steps from one checkpoint to the next; the end is always saved."""
     save_total_limit: int = within(POSITIVE, 10)
+    """Checkpoints that are kept, the latest ones; the last two with their optimiser state."""
     max_hours: float | None = within(POSITIVE, None)
     """Save and end once the run has taken this long; the same command goes on."""
     logging_steps: int = within(POSITIVE, 5)
+    """Steps from one line of figures to the next."""
     report_to: list[Literal["tensorboard", "wandb", "swanlab"]] = field(default_factory=list)
     """Trackers beside `log.jsonl`."""
     run_name: str | None = None
     """As trackers show it (default: the name of output_dir)."""
     seed: int = within(SEED, 42)
+    """Of the order of the data and of all else that is drawn at random; fixed for a run."""
 
     dry_run: bool = False
     """Show the plan, the cost, the memory and the first sample, run the costliest micro-batch once,

@@ -1,7 +1,8 @@
 """What a run says of itself: its first words, `log.jsonl` always, a line or a bar on the way.
 
 log.jsonl       one object a line: {"event": ..., "step": ..., ...}
-  start         command, versions, ranks, device: at each start and resume
+  start         command, versions, ranks, device, what trains, the budgets of a micro-batch: at each
+                start and resume that has steps to take
   train         figures of the steps since the line before (train/window.py)
   eval          figures on the held-out data
   skipped, refused, saved
@@ -18,9 +19,12 @@ from train.data import TrainData
 from train.provenance import device_name, provenance
 from train.trackers import open_trackers
 from train.world import World
-from vlm.cost import CONVENTION
+from vlm.cost import CONVENTION, PARTS, part_of
 from vlm.cost.hardware import peak_tflops
 from vlm.data.limits import ENVIRONMENT, environment_limits
+from vlm.data.loader import StepDataset
+from vlm.data.stream import StreamDataset
+from vlm.model import VisionLanguageModel
 
 TRACKED = ("train", "eval")
 """Events whose figures trackers get."""
@@ -33,12 +37,16 @@ def introduction(config: TrainConfig, world: World, data: TrainData) -> str:
     defaults = environment_limits().items()
     in_force = [option for option, value in defaults if getattr(config, option) == value]
     set_by = {v: o for v, o in ENVIRONMENT.items() if o in in_force}
-    verb = "resuming" if progress.step else "starting"
-    if progress.step >= total_steps:
-        verb = "finished, nothing is left to train:"
+    step, ignored = progress.step, "options given now are not applied"
+    place = f"{'resuming' if step else 'starting'} at step {step} of {total_steps}"
+    if step == total_steps:
+        place = f"finished at step {step} of {total_steps}, nothing is left to train: {ignored}"
+    if step > total_steps:
+        asked = f"max_steps {total_steps}" if config.max_steps else f"the {total_steps} asked for"
+        place = f"the run is at step {step}, beyond {asked}: {ignored}"
     samples = "streamed samples" if config.streaming else f"{data.good} samples ({data.bad} bad)"
     return (
-        f"{verb} at step {progress.step} of {total_steps}: "
+        f"{place}; "
         f"{samples}, {progress.global_batch_size} a step, {world.size} ranks on "
         f"{world.device.type}, {config.dtype}, max_pixels {config.max_pixels}, video_max_pixels "
         f"{config.video_max_pixels}, fps {config.fps}, fps_max_frames {config.fps_max_frames}"
@@ -54,12 +62,33 @@ def _convention(config: TrainConfig, world: World) -> str:
     return f"{CONVENTION}; MFU is their share of {peak:g} TFLOP/s ({device}, {config.dtype})"
 
 
+def start_facts(model: VisionLanguageModel, dataset: StepDataset | StreamDataset) -> dict:
+    """For the `start` event: of each part the parameters that train and all of them, and what a
+    micro-batch may hold, which `auto_budget` has derived where it is on."""
+    trains = {part: [0, 0] for part in PARTS}
+    for name, parameter in model.named_parameters():
+        counts = trains[part_of(name)]
+        counts[0] += parameter.numel() * parameter.requires_grad
+        counts[1] += parameter.numel()
+    budget = dataset.plan.budget if isinstance(dataset, StepDataset) else dataset.budget
+    names = ("samples",) if budget.mode == "samples" else ("tokens", "patches")
+    return {"trains": trains, "budget": {name: getattr(budget, name) for name in names}}
+
+
 class Log:
     """`log.jsonl`, the trackers and the terminal; only the first rank's says anything."""
 
     def __init__(
-        self, config: TrainConfig, world: World, resumed_step: int, total_steps: int
+        self,
+        config: TrainConfig,
+        world: World,
+        resumed_step: int,
+        total_steps: int,
+        facts: dict | None = None,
     ) -> None:
+        """
+        Args: facts: more for the `start` event (`start_facts`).
+        """
         self.enabled = world.first
         self._resumed_step, self._total_steps = resumed_step, total_steps
         if not self.enabled:
@@ -72,7 +101,9 @@ class Log:
         peak = peak_tflops(device_name(world), config.dtype)
         self._peak_tflops = peak and peak * world.size
         self._seconds = 0.0
-        self.write("start", resumed_step, total_steps=total_steps, **provenance(world))
+        if resumed_step < total_steps:
+            about = provenance(world) | (facts or {})
+            self.write("start", resumed_step, total_steps=total_steps, **about)
 
     def write(self, event: str, step: int, **values) -> None:
         """One line: what happened at a step, with its figures."""

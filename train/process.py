@@ -1,12 +1,14 @@
 """The process around the loop: its command line, its rank among the others, its exit code."""
 
+import os
 import sys
+import time
 from collections.abc import Callable
 
 from train.command_line import parse
 from train.config import TrainConfig, UsageError
 from train.state import RunError
-from train.world import World
+from train.world import LAUNCH, World
 from vlm.checkpoint import CheckpointError
 from vlm.data.ledger import TooManyBadSamples
 from vlm.data.sources import DataError
@@ -15,6 +17,8 @@ from vlm.hf_config import ConfigError
 
 MISTAKES = (UsageError, ConfigError, CheckpointError, DataError, TooManyBadSamples)
 """What was asked for cannot be done."""
+PATIENCE = 30
+"""Seconds within which the first rank of a machine has read the command line too."""
 
 
 def run_process(train: Callable[[TrainConfig, World], None]) -> int:
@@ -30,12 +34,16 @@ def run_process(train: Callable[[TrainConfig, World], None]) -> int:
         train(config, world)
         return 0
     except (*MISTAKES, RunError, DataWorkerError) as error:
+        if world is None and not _tells(world):
+            # the launcher ends this rank once the first has told it; an earlier exit would end
+            # the first one before it does
+            time.sleep(PATIENCE)
         # known to every rank, but for the last, where the launcher ends the others
         if world is None or world.first or isinstance(error, DataWorkerError):
             print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, MISTAKES) else 1
     except KeyboardInterrupt:
-        if world is None or world.first:
+        if _tells(world):
             print("interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         return 130
     except RuntimeError as error:
@@ -45,3 +53,10 @@ def run_process(train: Callable[[TrainConfig, World], None]) -> int:
     finally:
         if world is not None:
             world.stop()
+
+
+def _tells(world: World | None) -> bool:
+    """Whether this rank speaks for the others; before they have met, for those of its machine."""
+    if world is not None:
+        return world.first
+    return not os.environ.keys() >= LAUNCH or os.environ.get("LOCAL_RANK", "0") == "0"

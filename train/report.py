@@ -20,9 +20,11 @@ from train.metrics import read_log
 from train.report_answers import STYLE as ANSWERS
 from train.report_answers import answers_section
 from train.report_charts import charts, has
-from vlm.cost import CONVENTION, PARTS
+from vlm.cost import CONVENTION
 from vlm.page import page, text
 
+DERIVED = ("token_budget", "patch_budget")
+"""Options that count for nothing under `auto_budget`."""
 STYLE = (
     CHARTS
     + ANSWERS
@@ -90,13 +92,24 @@ def render(run: Path) -> str:
 
 
 def _headline(card: dict, config: dict) -> str:
-    frozen = [part for part in PARTS if config.get(f"freeze_{part}")]
     total = f" of {card['of_steps']:,}" if card["of_steps"] else ""
     words = [f"{card['steps']:,}{total} steps", f"from {card['model']}"]
-    words.append(f"frozen: {', '.join(frozen)}" if frozen else "all parts train")
+    words += _what_trains(card["trains"])
     words += [card["hardware"]] if card["hardware"] else []
     words += [config["dtype"]]
     return " · ".join(words)
+
+
+def _what_trains(trains: dict[str, dict[str, int]]) -> list[str]:
+    """Of the parts' counts, as the run's start has told them; nothing before it."""
+    frozen = [part for part, count in trains.items() if not count["trained"]]
+    words = [f"frozen: {', '.join(frozen)}"] if frozen else []
+    words += [
+        f"{part}: {count['trained']:,} of {count['of']:,} parameters train"
+        for part, count in trains.items()
+        if 0 < count["trained"] < count["of"]
+    ]
+    return words or ["all parts train"] * bool(trains)
 
 
 def _warnings(card: dict, log: list[dict]) -> list[str]:
@@ -192,11 +205,13 @@ def _plain(value: object) -> str:
 def _provenance(card: dict) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in (card["versions"] or {}).items())
     resumed = "; ".join(f"at step {r['step']:,} ({r['time']})" for r in card["resumed"])
+    budget = card["micro_batch_budget"] or {}
     rows = [
         ("command", card["command"]),
         ("started", card["started"]),
         ("resumed", resumed or None),
         ("hardware", card["hardware"]),
+        ("micro-batch", ", ".join(f"{most:,} {what}" for what, most in budget.items()) or None),
         ("code", card["revision"]),
         ("versions", versions or None),
         ("model", card["model"]),
@@ -214,6 +229,7 @@ def _config(config: dict) -> str:
         name: value
         for name, value in config.items()
         if name not in defaults or value != _default(defaults[name])
+        if not (config.get("auto_budget") and name in DERIVED)
     }
     return (
         f"<h2>Options</h2>{_facts(changed.items())}"

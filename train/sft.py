@@ -22,7 +22,7 @@ from train.engine import check_engine, start_engine
 from train.evaluate import Evaluator
 from train.fragments import restore_engine
 from train.freeze import banner, trained_parts
-from train.metrics import Log, introduction
+from train.metrics import Log, introduction, start_facts
 from train.model import open_model
 from train.optim import learning_rate_scale, set_learning_rate
 from train.process import run_process
@@ -67,11 +67,13 @@ def train(config: TrainConfig, world: World) -> None:
     if config.dry_run:
         return dry_run(config, world, processor, data, model, trains, about)
     with run.writing():
-        log = Log(config, world, progress.step, total_steps)
+        log = Log(config, world, progress.step, total_steps, start_facts(model, dataset))
     log.say("\n".join(about))
     warm_up(config, world, model, dataset, trains)  # memory fails here or never
     dataset = replace(dataset, features=features)
     evaluator = Evaluator(config, world, processor, data, run)
+    if progress.step < total_steps:
+        run.keep_options()
     workers, timeout = config.dataloader_num_workers, config.dataloader_timeout
     on_cuda = world.device.type == "cuda"
     with (

@@ -199,7 +199,6 @@ class Run:
         Raises:
             RunError: at the end, the last one could not be written; or the disk ran full.
         """
-        self.world.from_first(self._keep_options)
         self._log = log
         with self._lock, self.writing():
             try:
@@ -209,8 +208,12 @@ class Run:
                 raise
             self.wait()
 
+    def keep_options(self) -> None:
+        """Write `config.yaml`: all options have been accepted, and steps are taken with them; every
+        rank calls this."""
+        self.world.from_first(self._keep_options)
+
     def _keep_options(self) -> None:
-        """All have been accepted."""
         try:
             write_text(self.dir / "config.yaml", self.config.to_yaml())
         except OSError as error:

@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.train.runs import log_of, run_plain, run_until, trainer_of
-from train.card import main, make_card, throughput, write_card
+from train.card import hardware, main, make_card, throughput, write_card
 from train.config import UsageError
 from train.report import summarise
 
@@ -50,6 +50,7 @@ def test_resumes_are_listed_and_checked(setting, plain_run, tmp_path, capsys):
     (resumed,) = card_of(run)["resumed"]
     assert resumed["step"] == 4 and resumed["ranks"] == 1
     assert main([str(run), "--same_as", str(plain_run)]) == 0
+    assert capsys.readouterr().out.endswith("\ncheckpoint-6: weights equal\n")
     check = card_of(run)["resume_check"]
     assert check["weights_equal"] and check["max_abs_difference"] == 0
 
@@ -57,13 +58,70 @@ def test_resumes_are_listed_and_checked(setting, plain_run, tmp_path, capsys):
     weights = load_file(file)
     weights["model.language_model.norm.weight"][0] += 0.5
     save_file(weights, file)
-    assert main([str(run), "--same_as", str(plain_run)]) == 0
+    assert main([str(run), "--same_as", str(plain_run)]) == 1
+    assert capsys.readouterr().out == "checkpoint-6: weights differ by up to 0.500\n"
     check = card_of(run)["resume_check"]
     assert not check["weights_equal"] and check["max_abs_difference"] == pytest.approx(0.5)
 
     (run / "latest").write_text("checkpoint-4\n")
     assert main([str(run), "--same_as", str(plain_run)]) == 2
-    assert "do not end at the same step" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "do not end at the same step (checkpoint-4, checkpoint-6)" in told
+    assert main([str(run), "--same_as", str(tmp_path / "none")]) == 2
+    assert f"{tmp_path / 'none'} is no directory" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main([str(run), "--same_as", str(tmp_path / "empty")]) == 2
+    assert f"{tmp_path / 'empty'} has no checkpoint" in capsys.readouterr().err
+
+
+def test_a_start_that_trains_nothing_changes_no_record(setting, tmp_path, capsys):
+    run = run_plain(setting, tmp_path / "run", max_steps=2)
+    records = ("config.yaml", "log.jsonl", "card.yaml")
+    before = [(run / name).read_bytes() for name in records]
+    capsys.readouterr()
+    run_plain(setting, run, max_steps=2, learning_rate=1e-4)
+    assert "nothing is left to train: options given now are not applied" in capsys.readouterr().out
+    run_plain(setting, run, max_steps=1)
+    told = "the run is at step 2, beyond max_steps 1: options given now are not applied"
+    assert told in capsys.readouterr().out
+    assert before == [(run / name).read_bytes() for name in records]
+    assert (card_of(run)["steps"], card_of(run)["of_steps"]) == (2, 2)
+
+
+def start(step: int, total: int = 30, ranks: int = 1) -> dict:
+    about = {"time": "t", "command": "c", "ranks": ranks, "device": "cpu", "revision": None}
+    return {"event": "start", "step": step, "total_steps": total, "versions": {}} | about
+
+
+def test_a_longer_run_lists_its_resumes_and_a_log_with_idle_starts_does_not(run):
+    lines = [start(0, 10), start(10, 10), start(10, 30), start(30, 8)]
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    card = make_card(run)
+    assert [one["step"] for one in card["resumed"]] == [10] and card["of_steps"] == 30
+
+
+def test_hardware_that_changed_is_told():
+    assert hardware([]) is None
+    assert hardware([start(0), start(20)]) == "1 x cpu"
+    assert hardware([start(0, ranks=2), start(20)]) == "2 x cpu, from step 20 on 1 x cpu"
+    # all steps of the second start were taken again
+    again = [start(0, ranks=2), start(20, ranks=4), start(10)]
+    assert hardware(again) == "2 x cpu, from step 10 on 1 x cpu"
+
+
+def test_what_trains_and_the_budgets_in_force_are_told(setting, tmp_path):
+    """Patterns and `auto_budget` decide them, not the options that speak of parts or budgets."""
+    options = {"freeze_vit": True, "freeze_llm": True, "last_vit_layers": 1, "auto_budget": True}
+    run = run_plain(setting, tmp_path / "run", max_steps=1, **options)
+    card, budget = card_of(run), json.loads((run / "budget.json").read_text())
+    assert card["micro_batch_budget"] == {name: budget[name] for name in ("tokens", "patches")}
+    vit, aligner, llm = (card["trains"][part] for part in ("vit", "aligner", "llm"))
+    assert 0 < vit["trained"] < vit["of"] and aligner["trained"] == aligner["of"] > 0
+    assert llm["trained"] == 0 < llm["of"]
+    page = (run / "report.html").read_text()
+    assert f"vit: {vit['trained']:,} of {vit['of']:,} parameters train" in page
+    assert "frozen: llm ·" in page and f"{budget['tokens']:,} tokens" in page
+    assert "<dt>token_budget" not in page
 
 
 def test_what_people_wrote_stays(setting, tmp_path):

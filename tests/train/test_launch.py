@@ -199,6 +199,7 @@ def cluster(tmp_path):
     return start, folder, job["SLURM_JOB_ID"]
 
 
+@pytest.mark.slow
 def test_a_job_whose_time_is_up_saves_and_is_queued_again(setting, cluster, tmp_path):
     start, folder, job = cluster
     out = tmp_path / "run"

@@ -94,6 +94,7 @@ def test_one_checkpoint_is_kept_and_resumed(setting, plain_run, tmp_path):
 
 
 def test_changed_options_are_told(setting, run, capsys):
+    shutil.rmtree(run / "checkpoint-6")
     run_plain(setting, run, save_steps=3, learning_rate=1e-4)
     told = "options that differ from those of the last start: "
     changes = f"{told}.*learning_rate: 0.001 -> 0.0001, save_steps: 2 -> 3\n"

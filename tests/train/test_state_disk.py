@@ -164,6 +164,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 def test_the_write_of_one_rank_breaks_off(setting, two_rank_run, tmp_path):
     """All ranks end; one of them says why."""
     run, script, options = tmp_path / "run", tmp_path / "limited.py", {"save_steps": 2}
