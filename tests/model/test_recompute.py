@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.model.test_cost_memory import memory_of
+from bench.common import allocated
 from tests.packing import make_sample, pack
 from tests.tiny import hybrid
 from vlm.loss import cross_entropy_sum
@@ -139,6 +139,6 @@ def test_nothing_is_left_when_the_loss_is_gone(backward):
 
     gc.disable()
     try:
-        assert memory_of(step)[0] == 0
+        assert allocated(step)[0] == 0
     finally:
         gc.enable()
