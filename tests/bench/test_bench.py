@@ -28,7 +28,7 @@ SHARED = {"__main__", "common", "gpu", "make_lengths", "meta", "naive", "plot", 
 """Files of bench/ that are no scripts of `make bench`."""
 OWN_TESTS = {"miniature"}
 """It trains the demo's stages on two ranks, which has to be made first."""
-SLOW = {"graft_full_size": pytest.mark.slow}
+SLOW = dict.fromkeys(("graft_full_size", "calibrate", "startup", "linear"), pytest.mark.slow)
 """Of many seconds even if quick."""
 QUICK = [
     pytest.param(name, marks=SLOW.get(name, ()))

@@ -127,6 +127,7 @@ def test_a_dry_run_says_them_and_leaves_nothing(setting, tmp_path, capsys):
     assert not run.exists()
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_same(setting, tmp_path):
     """A host's memory is shared by its ranks; a micro-batch holds no more than a rank's share."""
     run = run_ranks(setting, tmp_path / "run", 2, auto_budget=True, max_steps=2)

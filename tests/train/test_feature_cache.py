@@ -173,6 +173,7 @@ def test_a_resumed_run_is_exact(setting, tmp_path, without, computed):
         (assert_same if first and second else assert_close)(run, without)
 
 
+@pytest.mark.slow
 def test_ranks_and_runs_share_a_folder(setting, tmp_path, without):
     """Two ranks with a worker each, then one process that finds what they have kept."""
     cache = tmp_path / "cache"

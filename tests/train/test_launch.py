@@ -89,6 +89,7 @@ def arguments(setting: dict, out: Path, **options) -> list[str]:
     return rest
 
 
+@pytest.mark.slow
 def test_two_launchers_train_as_one_with_two_ranks(setting, two_rank_run, tmp_path):
     node = {"NNODES": "2", "NPROC_PER_NODE": "1", "MASTER_PORT": str(free_port())}
     words = [str(ROOT / "train" / "launch.sh"), *arguments(setting, tmp_path / "run")]

@@ -83,6 +83,7 @@ def test_without_the_moments_the_end_would_differ(setting, plain_run, tmp_path):
     assert not same(weights_of(run, 6), weights_of(plain_run, 6))
 
 
+@pytest.mark.slow
 def test_two_ranks_killed_while_saving_resume_exactly(setting, two_rank_run, tmp_path):
     """kill -9 of a rank ends the others; the torn checkpoint is not there; the rest is exact."""
     run, options = tmp_path / "run", {"save_steps": 2, "dataloader_num_workers": 1}
