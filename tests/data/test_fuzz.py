@@ -213,7 +213,6 @@ def fuzz(folder, seed):
 
 
 @pytest.mark.parametrize("seed", range(10))
-@pytest.mark.slow
 def test_200_damaged_rows(tmp_path, seed):
     fuzz(tmp_path, seed)
 
