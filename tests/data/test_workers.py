@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from dataclasses import replace
-from multiprocessing import active_children
+from multiprocessing import active_children, get_context
 
 import pytest
 
@@ -60,3 +60,19 @@ def test_an_error_of_the_loop_leaves_no_worker(folder):
         next(loader)
         raise KeyboardInterrupt
     assert not active_children()
+
+
+def _ends_while_its_event_is_held(folder) -> None:
+    with open_loader(make_dataset(folder), BEGIN, 1) as steps:
+        next(steps)
+        steps._workers_done_event._cond.acquire()  # as a worker may that is killed just then
+
+
+def test_a_worker_that_is_killed_with_a_lock_holds_nobody_up(folder):
+    process = get_context("fork").Process(target=_ends_while_its_event_is_held, args=(folder,))
+    process.start()
+    process.join(30)
+    held_up = process.is_alive()
+    process.kill()
+    process.join()
+    assert not held_up

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import count
 from math import prod
 from multiprocessing import active_children
+from threading import Event
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -231,17 +232,24 @@ def open_loader(
     before = active_children()
     steps = iter(_loader(dataset, start, workers, pin_memory, timeout if workers else 0))
     started = [child for child in active_children() if child not in before]
+    message = None
     try:
         yield steps
     except BaseException as error:
-        message = watch.end(error, started, dataset.sample_id) if watch else None
+        if watch:
+            message = watch.end(error, started, dataset.sample_id)
         if isinstance(error, DataError):  # a shard of a stream; a worker's comes with its traceback
             message = str(error).rpartition("DataError: ")[2].strip()
         if message is None:
             raise
         raise DataWorkerError(message) from error
-    if watch:
-        watch.end(None, started, dataset.sample_id)
+    else:
+        if watch:
+            watch.end(None, started, dataset.sample_id)
+    finally:
+        # A worker may have been killed with the lock of torch's own event in its hands, and torch
+        # would wait for it for ever.
+        steps._workers_done_event = Event()
 
 
 def _loader(dataset, start, workers, pin_memory, timeout) -> DataLoader:
