@@ -4,7 +4,6 @@ is written."""
 import base64
 import io
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from train.disk import write_lines
 from vlm.data.chat import SPEAKERS
 from vlm.data.collate import collate
 from vlm.data.grounding import place_boxes
@@ -78,9 +78,7 @@ def add_answers(path: Path, answers: Sequence[dict], step: int) -> None:
         lines = path.read_text(encoding="utf-8").splitlines()
     lines = [line for line in lines if _is_before(line, step)]
     lines += [json.dumps(figures) for figures in answers]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    os.replace(partial, path)
+    write_lines(path, lines)
 
 
 def _is_before(line: str, step: int) -> bool:

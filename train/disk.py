@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterable
 from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 
@@ -23,9 +24,14 @@ def check_room(folder: Path, needed: float) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """`write_lines` of a text that has no line end at its end."""
+    write_lines(path, [text])
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
     """A small file, whole or as it was before; on the disk at return."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text + "\n", encoding="utf-8")
+    partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     sync(partial)
     os.replace(partial, path)
     sync(path.parent)

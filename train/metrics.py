@@ -9,13 +9,13 @@ log.jsonl       one object a line: {"event": ..., "step": ..., ...}
 """
 
 import json
-import os
 from pathlib import Path
 
 from tqdm import tqdm
 
 from train.config import TrainConfig
 from train.data import TrainData
+from train.disk import write_lines
 from train.provenance import device_name, provenance
 from train.trackers import open_trackers
 from train.world import World
@@ -205,6 +205,4 @@ def _forget_after(path: Path, step: int) -> None:
     history and stay."""
     done = [line for line in read_log(path) if line["event"] == "start" or line["step"] <= step]
     kept = [line for line in done if line["event"] == "start" or step]  # none was taken before 0
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_lines(path, map(json.dumps, kept))
